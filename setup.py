@@ -1,0 +1,44 @@
+"""Build script: every value comes from settings.ini, the one place where the metadata stands."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(HERE / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+readme = HERE / "README.md"
+
+# Two top-level folders travel inside the package: the split lists and the papermill templates.
+carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/experiments"}
+carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb"]}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: " + cfg["audience"],
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=" + cfg["min_python"],
+    install_requires=cfg["requirements"].split() + [cfg["conditional_requirements"]],
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),
+    package_dir=carried,
+    package_data={"fsar": ["py.typed"], **carried_data},
+    zip_safe=False,
+)
