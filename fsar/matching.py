@@ -28,8 +28,9 @@ def frame_similarity(query: Tensor,  # (..., Q, Tq, C)
     "Cosine similarity of all pairs of frames, in float32 or better."
     q = rearrange(_full(query), "... q t c -> ... (q t) c")
     s = rearrange(_full(support), "... s t c -> ... (s t) c")
-    if eps: sim = (q @ s.mT) / (q.norm(dim=-1)[..., :, None] * s.norm(dim=-1)[..., None, :] + eps)
-    else: sim = F.normalize(q, dim=-1) @ F.normalize(s, dim=-1).mT
+    with torch.autocast(q.device.type, enabled=False):  # a matmul in bfloat16 would undo the line above
+        if eps: sim = (q @ s.mT) / (q.norm(dim=-1)[..., :, None] * s.norm(dim=-1)[..., None, :] + eps)
+        else: sim = F.normalize(q, dim=-1) @ F.normalize(s, dim=-1).mT
     return rearrange(sim, "... (q t) (s u) -> ... q s t u", t=query.shape[-2], u=support.shape[-2])
 
 def _full(x: Tensor) -> Tensor:
