@@ -77,8 +77,8 @@ SHAPES: Mapping[str, Field] = MappingProxyType({
     "cross": lambda x, y: np.minimum(_box(x, y, 1.05, 0.42), _box(x, y, 0.42, 1.05)),
     "star": lambda x, y: np.minimum(_polygon(x, y, 3, 0.58), _polygon(x, -y, 3, 0.58)),
     "bar": lambda x, y: _box(x, y, 1.15, 0.55),
-    "ell": lambda x, y: np.minimum(_box(x + 0.5, y, 0.42, 1.0), _box(x, y + 0.6, 0.95, 0.42)),
-    "moon": lambda x, y: np.maximum(_disc(x, y, 1.1), -_disc(x - 0.75, y, 0.85))})
+    "ell": lambda x, y: np.minimum(_box(x - 0.5, y, 0.42, 1.0), _box(x, y + 0.6, 0.95, 0.42)),
+    "moon": lambda x, y: np.maximum(_disc(x, y, 1.1), -_disc(x + 0.75, y, 0.85))})
 
 # %% ../nbs/03_motions.ipynb #3838264b
 def _step(x: np.ndarray) -> np.ndarray:
@@ -223,7 +223,7 @@ def _appear(u, r, side): return [Body(opacity=u)]
 def _brighten(u, r, side): return [Body(light=_from_to(-0.75, 0.75, u))]
 
 @_motion("train", "opens a mouth", "close", "shuts its mouth")
-def _open(u, r, side): return [Body(size=1.15, mouth=0.19 * u)]
+def _open(u, r, side): return [Body(size=1.35, mouth=0.24 * u)]
 
 @_motion("train", "becomes longer", "contract", "becomes shorter")
 def _stretch(u, r, side): return [Body(stretch=_from_to(0.7, 2.2, u))]
@@ -241,7 +241,7 @@ def _pulse(u, r, side): return [Body(size=0.6 + 0.9 * _up_and_down(2 * u))]
 
 # %% ../nbs/03_motions.ipynb #b208af40
 @_motion("train", "one comes up to another that rests", "leave", "one goes away from another that rests")
-def _approach(u, r, side): return [Body(x=0.27), Body(x=_from_to(-0.38, 0.27 - 2 * r, u))]
+def _approach(u, r, side): return [Body(x=0.31), Body(x=_from_to(-0.42, 0.31 - 2 * r, u))]
 
 @_motion("train", "one runs into another and pushes it along", "tow", "one pulls another along, lets go and moves on alone")
 def _push(u, r, side):
@@ -295,11 +295,11 @@ def _orbit_clockwise(u, r, side):
 
 @_motion("test", "one goes to another and brings it back", "deliver", "one brings another and returns alone")
 def _fetch(u, r, side):
-    x = _from_to(-0.4, 0.3 - 2 * r, 1 - np.abs(2 * u - 1))
-    return [Body(x=np.where(u < 0.5, 0.3, x + 2 * r)), Body(x=x)]
+    x = _from_to(-0.42, 0.33 - 2 * r, 1 - np.abs(2 * u - 1))
+    return [Body(x=np.where(u < 0.5, 0.33, x + 2 * r)), Body(x=x)]
 
 @_motion("test", "one runs into another and bounces back")
-def _bounce_off(u, r, side): return [Body(x=0.27), Body(x=_from_to(-0.4, 0.27 - 2 * r, 1 - np.abs(2 * u - 1)))]
+def _bounce_off(u, r, side): return [Body(x=0.31), Body(x=_from_to(-0.42, 0.31 - 2 * r, 1 - np.abs(2 * u - 1)))]
 
 @_motion("test", "one jumps over another", upright=True)
 def _jump_over(u, r, side): return [Body(y=-0.25), Body(x=side * _from_to(-0.36, 0.36, u), y=-0.25 + 0.5 * _up_and_down(u))]
@@ -333,7 +333,7 @@ class MotionsConfig:
     background: str = "mixed"  # one of BACKGROUNDS, or 'mixed': one of them by lot
     contrast: float = 0.15  # of the background's structure
     shake: float = 0.01  # of the camera, in frame widths
-    radius: tuple[float, float] = (0.11, 0.16)  # of the bodies, in frame widths
+    radius: tuple[float, float] = (0.12, 0.17)  # of the bodies, in frame widths
     place: float = 0.06  # how far the stage may be off the middle, in frame widths
 
     def __post_init__(self) -> None:
