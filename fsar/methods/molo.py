@@ -149,6 +149,7 @@ class MoLo(FewShotModel):
                  lambda_reconstruction: float = 0.1,  # λ₂; 0.05 for UCF101, HMDB51, SSv2-Small
                  contrast: Literal["long_short", "prototype"] = "long_short",  # prototype: released code's loss
                  tau: float = 0.1,  # τ of the contrast
+                 redraw: int = 1,  # the reconstruction's height and width are an r-th of the frame's
                  heads: int = 8, dropout: float = 0.2, plain_feed_forward: bool = False, position_a: float = 0.0, position_b: float = 1.0,
                  **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
@@ -163,7 +164,7 @@ class MoLo(FewShotModel):
         self.motion_former = former() if motion else None
         self.difference = FeatureDifference(backbone.channels) if motion or autodecoder else None
         self.motion_up = nn.Sequential(nn.Conv2d(backbone.channels // 8, backbone.channels, 1), nn.ReLU()) if motion else None
-        self.decoder = MotionDecoder(backbone.channels // 8) if autodecoder else None
+        self.decoder, self.redraw = MotionDecoder(backbone.channels // 8) if autodecoder else None, redraw
         self.long_short, self.contrast = long_short, contrast
         self.branches = [name for name, on in (("base", base), ("motion", motion)) if on]
         if long_short and contrast == "prototype":
@@ -181,7 +182,7 @@ def embed(self: MoLo, clips: Tensor  # (V, T, 3, H, W)
         differences = self.difference(maps)                                                   # (V, T−1, C/8, h, w)
         if self.motion_former is not None: found["motion"] = self.motion_former(self._motion_features(differences))
     embedding = {f"{head}_{part}": x for head, tokens in found.items() for part, x in (("token", tokens[:, 0]), ("frames", tokens[:, 1:]))}
-    if self.training and self.decoder is not None: embedding["reconstruction"] = self.decoder(differences, clips.shape[-2:])
+    if self.training and self.decoder is not None: embedding["reconstruction"] = self.decoder(differences, tuple(max(1, n // self.redraw) for n in clips.shape[-2:]))
     return embedding
 
 @extend(MoLo)
@@ -221,8 +222,9 @@ def _contrast(self: MoLo, head: str, episode: EpisodeBatch, support: Embedding, 
 @extend(MoLo)
 def _reconstruction(self: MoLo, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
     "Mean squared error of the redrawn differences of consecutive normalised frames."
-    pixels = self.backbone.normalise(episode.clips)
-    return F.mse_loss(torch.cat([support["reconstruction"], query["reconstruction"]]), pixels[:, 1:] - pixels[:, :-1])
+    drawn, pixels = torch.cat([support["reconstruction"], query["reconstruction"]]), self.backbone.normalise(episode.clips)
+    difference = pixels[:, 1:] - pixels[:, :-1]                                               # (V, T−1, 3, H, W)
+    return F.mse_loss(drawn, F.adaptive_avg_pool3d(difference, (3, *drawn.shape[-2:])) if self.redraw > 1 else difference)
 
 # %% ../../nbs/24_molo.ipynb #9898eb76
 @extend(MoLo)

@@ -1,0 +1,46 @@
+# Two commands are all the set-up: `make demo` and `make test`. Everything they make stays below this folder.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export FSAR_CACHE ?= $(CURDIR)/.cache/fsar
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check-exports test-notebooks test-python notebooks readme install clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+install: $(STAMP)  ## create .venv and install fsar with its development tools
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fsar needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch is large: some minutes, some gigabytes)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## render motions-mini, train MoLo, test it, write reports/quickstart
+	@$(BIN)/fsar train --out reports/quickstart
+
+test: check-exports test-notebooks test-python  ## every test: exports in step, notebooks, pytest
+
+check-exports: $(STAMP)
+	@$(BIN)/python tests/check_exports.py
+
+test-notebooks: $(STAMP)
+	@echo "running the notebooks" && $(BIN)/nbdev_test --n_workers 2 --timing
+
+test-python: $(STAMP)
+	@$(BIN)/python -m pytest -n 2 --durations 10
+
+notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
+	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb && $(BIN)/nbdev_clean
+
+readme: $(STAMP)  ## make README.md from nbs/index.ipynb
+	@$(BIN)/python -m nbconvert --to markdown --output-dir . --output README.md --ClearOutputPreprocessor.enabled=False nbs/index.ipynb
+
+clean:  ## remove what can be made again: rendered data, checkpoints, build leftovers (the environment stays)
+	rm -rf .cache build dist _docs _proc *.egg-info .pytest_cache reports/*/checkpoints
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
