@@ -16,7 +16,7 @@ from fsar.video import decode_all
 
 MINI = PRESETS["motions-mini"]
 TINY = replace(MINI, name="tiny", size=32, frames=8, videos_per_class=2, classes=("rise", "fall", "orbit_clockwise"))
-GOLDEN = "a2a7c2c8b17a3121adc72f42b33667284967b743f2b55d6f99b5a8536e3ab9c7"  # of the frames in `_sample`, on every machine
+GOLDEN = "a7079c6713febcd5af92ba80c1cb773e5fd8b04c134e47e4ff9459e34cac76ca"  # of the frames in `_sample`, on every machine
 
 
 def _sample() -> str:
@@ -107,7 +107,8 @@ def test_frames_are_those_of_every_other_machine():
 
 def test_frames_do_not_depend_on_the_processor():
     "With numpy's code for newer processors switched off the same bytes come out."
-    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+    core = getattr(np, "_core", None) or np.core  # its name before numpy 2
+    __cpu_dispatch__, __cpu_features__ = core._multiarray_umath.__cpu_dispatch__, core._multiarray_umath.__cpu_features__
     off = " ".join(f for f in __cpu_dispatch__ if __cpu_features__.get(f))
     code = f"import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]}; import test_motions; print(test_motions._sample())"
     out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NPY_DISABLE_CPU_FEATURES": off}, capture_output=True, text=True)
@@ -173,7 +174,7 @@ def test_a_dial_leaves_the_rest_as_it_was():
 def test_odd_settings_render():
     for changes in (dict(size=16), dict(frames=2), dict(radius=(0.25, 0.25)), dict(shake=0.2, place=0.5), dict(misalignment=1, tempo=1, contrast=1, distractors=9)):
         config = replace(MINI, **changes)
-        for name in CLASSES: assert render(name, 0, config).shape == (config.frames, config.size, config.size, 3)
+        for name in ("push", "gather", "shrink", "orbit_clockwise"): assert render(name, 0, config).shape == (config.frames, config.size, config.size, 3)
 
 
 @pytest.mark.parametrize("field, value, accepted", [
@@ -240,11 +241,11 @@ if __name__ == "__main__": render_dataset({str(root)!r}, MotionsConfig(**{dict(v
     while len(list(root.glob("*/[!.]*.mp4"))) < 20 and time.monotonic() < limit: time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)  # the workers notice
+    time.sleep(1)  # the workers notice
     there = list(root.glob("*/[!.]*.mp4"))
     assert 20 <= len(there) < len(videos(config)) and not read_json(root / "motions.json")["complete"]
     assert all(len(decode_all(p)[0]) == config.frames for p in there[::9])
-    time.sleep(0.5)
+    time.sleep(1)
     assert len(list(root.glob("*/[!.]*.mp4"))) == len(there), "workers outlived their parent"
     render_dataset(root, config, workers=1, progress=False)
     again = read_json(root / "motions.json")
