@@ -314,7 +314,7 @@ class VideoClips(Dataset):
 
     def __len__(self) -> int: return len(self.rows)
 
-    @property
+    @functools.cached_property
     def row_to_position(self) -> np.ndarray:
         "(highest row + 1,) position of each row in this data set, −1 for rows that are not in it."
         positions = np.full(self.rows.max() + 1, -1)
