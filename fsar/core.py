@@ -54,6 +54,7 @@ class Registry(Mapping[str, T]):
     def __iter__(self) -> Iterator[str]: return iter(self._entries)
     def __len__(self) -> int: return len(self._entries)
     def __contains__(self, name: object) -> bool: return name in self._entries
+    def get(self, name: str, default: Any = None) -> Any: return self._entries.get(name, default)
 
 # %% ../nbs/00_core.ipynb #8eb8ed41
 def extend(cls: type) -> Callable[[T], T]:

@@ -208,7 +208,7 @@ def losses(self: MoLo, episode: EpisodeBatch, support: Embedding, query: Embeddi
     parts = super(MoLo, self).losses(episode, support, query, logits)
     if self.long_short:
         for head in self.branches: parts[f"contrast_{head}"] = (self.lambda_contrast, self._contrast(head, episode, support, query, logits.shape[-1]))
-    if self.decoder is not None: parts["reconstruction"] = (self.lambda_reconstruction, self._reconstruction(episode, support, query))
+    if "reconstruction" in query: parts["reconstruction"] = (self.lambda_reconstruction, self._reconstruction(episode, support, query))
     return parts
 
 @extend(MoLo)

@@ -1,0 +1,72 @@
+"""Errors, registries, keyed randomness, files that are whole or absent."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fsar import core
+from fsar.config import Config
+from fsar.core import FsarError
+
+
+def test_generators_are_pure_functions_of_their_key():
+    assert np.array_equal(core.generator(1, 2).random(5), core.generator(1, 2).random(5))
+    firsts = {core.generator(seed, index).random() for seed in range(10) for index in range(10)}
+    assert len(firsts) == 100
+
+
+def test_torch_seed_leaves_no_trace_even_when_the_body_fails():
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), core.torch_seed(1): torch.rand(3); 1 / 0
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_importing_and_building_leaves_the_global_generators_alone():
+    code = ("import torch, numpy, random; a = (torch.get_rng_state().clone(), numpy.random.get_state()[1].copy(), random.getstate());"
+            "from fsar.model import create_model; m = create_model('molo', backbone='resnet_micro');"
+            "assert torch.equal(a[0], torch.get_rng_state()) and (a[1] == numpy.random.get_state()[1]).all() and a[2] == random.getstate()")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is a Linux device")
+def test_full_disk_is_named():
+    with pytest.raises(FsarError, match="cannot write /dev/full: no space left on the disk"), core.writing("/dev/full"):
+        with open("/dev/full", "w") as f: f.write("x" * 100_000)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    core.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError): core.write_json(tmp_path / "a.json", float("nan"))
+    assert core.read_json(tmp_path / "a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_registry_refuses_a_taken_name():
+    registry = core.Registry("thing")
+    registry.register("a")(len)
+    with pytest.raises(FsarError, match="thing 'a' is registered already"): registry.register("a")(max)
+    with pytest.raises(FsarError, match="unknown thing 'b'"): registry["b"]
+    assert registry.get("b") is None
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("metod", "molo", "unknown configuration key 'metod'. Did you mean 'method'?"),
+    ("episodes", 2.5, "'episodes' wants a whole number, got 2.5"),
+    ("flip", 1, "'flip' wants a truth value, got 1"),
+    ("options", "a=b", "'options' wants a list of texts, got 'a=b'"),
+    ("precision", "fp8", "'precision' wants one of 'auto', 'fp32', 'bf16', got 'fp8'"),
+    ("shots", 0, "'shots' must be at least 1, got 0"),
+    ("test_shots", [], "'test_shots' wants one or more"),
+    ("lr", float("nan"), "'lr' must lie between"),
+])
+def test_configuration_errors_name_the_key(key, value, message):
+    with pytest.raises(FsarError) as error: Config.from_dict({key: value})
+    assert message in str(error.value)
+
+
+def test_configuration_survives_json_and_hashes_only_what_counts():
+    c = Config(method="otam", options=("lam=0.2",), lr=1)
+    assert Config.from_dict(c.to_dict()) == c and isinstance(c.lr, float)
+    assert c.hash == c.replace(out="x", workers=2, store="y").hash != c.replace(size=48).hash
