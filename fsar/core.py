@@ -65,17 +65,21 @@ def extend(cls: type) -> Callable[[T], T]:
     return add
 
 # %% ../nbs/00_core.ipynb #8c3176c3
-def generator(*key: int  # e.g. seed, epoch, index; any non-negative integers
+def _entropy(key: tuple[int, ...]) -> int:
+    "256 bits that differ for keys that differ; `SeedSequence` itself takes (1, 2) and (1, 2, 0) for the same."
+    return int.from_bytes(hashlib.sha256(",".join(map(str, map(int, key))).encode()).digest(), "little")
+
+def generator(*key: int  # e.g. seed, epoch, index
               ) -> np.random.Generator:
     "A numpy generator that is a pure function of `key`."
-    return np.random.default_rng(np.random.SeedSequence(key))
+    return np.random.default_rng(_entropy(key))
 
 # %% ../nbs/00_core.ipynb #02200edc
 @contextlib.contextmanager
 def torch_seed(*key: int) -> Iterator[None]:
     "Inside, torch's random state (CPU and current CUDA device) follows from `key`; outside it is as it was."
     import torch
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    seed = _entropy(key) % 2**63
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
