@@ -212,6 +212,9 @@ def _sine(turns: np.ndarray) -> np.ndarray: return cos_sin(turns)[1]
 @_motion("train", "moves from left to right", "move_left", "moves from right to left", upright=True)
 def _move_right(u, r, side): return [Body(x=_from_to(-0.32, 0.32, u))]
 
+@_motion("train", "moves up", "fall", "moves down", upright=True)
+def _rise(u, r, side): return [Body(y=_from_to(-0.32, 0.32, u))]
+
 @_motion("train", "turns clockwise on the spot", "turn_counterclockwise", "turns counter-clockwise on the spot")
 def _turn_clockwise(u, r, side): return [Body(angle=-0.7 * u)]
 
@@ -226,9 +229,6 @@ def _brighten(u, r, side): return [Body(light=_from_to(-0.75, 0.75, u))]
 
 @_motion("train", "opens a mouth", "close", "shuts its mouth")
 def _open(u, r, side): return [Body(size=1.35, mouth=0.24 * u)]
-
-@_motion("train", "becomes longer", "contract", "becomes shorter")
-def _stretch(u, r, side): return [Body(stretch=_from_to(0.7, 2.2, u))]
 
 @_motion("train", "travels clockwise around an empty middle", "circle_counterclockwise", "travels counter-clockwise around an empty middle")
 def _circle_clockwise(u, r, side):
@@ -269,8 +269,8 @@ def _follow(u, r, side):
     return [path(_from_to(0.4, 1, u)), path(_from_to(0, 0.6, u))]
 
 # %% ../nbs/03_motions.ipynb #3d9ab16d
-@_motion("val", "rolls from left to right", "roll_left", "rolls from right to left", upright=True)
-def _roll_right(u, r, side): return [Body(x=_from_to(-0.32, 0.32, u), angle=-0.7 * u)]
+@_motion("val", "becomes longer", "contract", "becomes shorter")
+def _stretch(u, r, side): return [Body(stretch=_from_to(0.7, 2.2, u))]
 
 @_motion("val", "three part from a common middle", "gather", "three come together in the middle")
 def _scatter(u, r, side):
@@ -284,8 +284,8 @@ def _pass_in_front(u, r, side): return [Body(), Body(x=_from_to(-0.38, 0.38, u))
 def _shake(u, r, side): return [Body(x=0.2 * _sine(2 * u))]
 
 # %% ../nbs/03_motions.ipynb #d0d26448
-@_motion("test", "moves up", "fall", "moves down", upright=True)
-def _rise(u, r, side): return [Body(y=_from_to(-0.32, 0.32, u))]
+@_motion("test", "rolls from left to right", "roll_left", "rolls from right to left", upright=True)
+def _roll_right(u, r, side): return [Body(x=_from_to(-0.32, 0.32, u), angle=-0.7 * u)]
 
 @_motion("test", "one becomes two that part", "merge", "two of a kind become one")
 def _split(u, r, side): return [Body(x=-0.3 * u), Body(x=0.3 * u, twin=True)]
