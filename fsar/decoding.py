@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import fsar
-from .core import FsarError, sha256_file
+from .core import FsarError, extend, sha256_file
 from .video import VideoError, decode_all
 
 # %% ../nbs/04_decoding.ipynb #2d2cfc1f
@@ -87,11 +87,7 @@ class Worker:
     def _expire(self) -> None: self.late = True; self.process.kill()
 
 # %% ../nbs/04_decoding.ipynb #b1c05514
-def _patch(cls):
-    "Add a method to a class that exists already, so that it can be shown part by part."
-    return lambda f: setattr(cls, f.__name__, f) or f
-
-@_patch(Worker)
+@extend(Worker)
 def stop(self) -> str:  # how the process ended, e.g. "SIGSEGV"
     "End the process, if there is one."
     if self.process is None: return "not started"
@@ -102,7 +98,7 @@ def stop(self) -> str:  # how the process ended, e.g. "SIGSEGV"
     self.process = None
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
-@_patch(Worker)
+@extend(Worker)
 def _exchange(self, request: dict) -> tuple[dict, bytes]:
     self.process.stdin.write(json.dumps(request).encode() + b"\n"); self.process.stdin.flush()
     record = json.loads(self.process.stdout.readline() or "null")
@@ -112,7 +108,7 @@ def _exchange(self, request: dict) -> tuple[dict, bytes]:
     if len(block) < size: raise EOFError
     return record, block
 
-@_patch(Worker)
+@extend(Worker)
 def __call__(self, request: dict) -> tuple[dict, bytes]:
     "Record and block for a request, whatever happens to the process."
     for attempt in range(2):

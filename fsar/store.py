@@ -17,8 +17,8 @@ import lmdb
 import numpy as np, pandas as pd, torch
 from PIL import Image
 
-from .core import FsarError, atomic_path, read_json, sha256_file, sha256_json, track, write_json, writing
-from .decoding import _patch, decode_many
+from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, track, write_json, writing
+from .decoding import decode_many
 
 # %% ../nbs/04_store.ipynb #6093f092
 def unpack(block: bytes | memoryview,  # what `pack` made
@@ -250,19 +250,19 @@ class Store:
                 raise FsarError(f"{self.path}: the frames of {self.index.video.iloc[row]!r} are damaged ({e}): delete the folder and prepare it again") from e
 
 # %% ../nbs/04_store.ipynb #02b0afad
-@_patch(Store)
+@extend(Store)
 def split(self, name: str) -> np.ndarray:  # (V,) rows
     "Rows of the videos of one side."
     sides = list(self.index.split.unique())
     if name not in sides: raise FsarError(f"{self.path} has no {name!r} videos; its splits: {', '.join(sides)}")
     return np.flatnonzero(self.index.split == name)
 
-@_patch(Store)
+@extend(Store)
 def classes(self, split: str) -> tuple[str, ...]:
     "Class names of one side, in the order of the index."
     return tuple(self.index["class"].iloc[self.split(split)].unique())
 
-@_patch(Store)
+@extend(Store)
 def summary(self) -> pd.DataFrame:  # one row a split
     "How many of how many videos can be used, and how long they are."
     rows = {}
@@ -272,7 +272,7 @@ def summary(self) -> pd.DataFrame:  # one row a split
                       "frames": f"{part.frames.min()}–{part.frames.max()}", "sources": part.source.nunique()}
     return pd.DataFrame(rows).T
 
-@_patch(Store)
+@extend(Store)
 def check(self) -> None:
     "Read every stored frame block again and compare its hash; `FsarError` at the first that is damaged."
     with _reader(str(self.path / "frames.lmdb")).begin(buffers=True) as transaction:
