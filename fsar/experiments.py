@@ -423,7 +423,8 @@ def _execute(source: Path, out: Path, config: Config, template: str, progress: b
     write_json(out / "run.json", state)
     (out / "report.html").unlink(missing_ok=True)
     target = out / f"{template}.ipynb"
-    try: papermill.execute_notebook(str(source), str(target), parameters=config.to_dict(), progress_bar=False, stderr_file=sys.stderr if progress else None)
+    quiet = ["--IPKernelApp.log_level=40"]  # its notices are not the user's business
+    try: papermill.execute_notebook(str(source), str(target), parameters=config.to_dict(), progress_bar=False, stderr_file=sys.stderr if progress else None, extra_arguments=quiet)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
     finally: _tidy_file(target)
     to_html(target, out / "report.html")
