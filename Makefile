@@ -38,8 +38,9 @@ test-python: $(STAMP)
 notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
 	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb && $(BIN)/nbdev_clean
 
-readme: $(STAMP)  ## make README.md from nbs/index.ipynb
-	@$(BIN)/python -m nbconvert --to markdown --output-dir . --output README.md --ClearOutputPreprocessor.enabled=False nbs/index.ipynb
+readme: $(STAMP)  ## fill in the table of nbs/index.ipynb from the reports and make README.md of it
+	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
+	@$(BIN)/python tests/readme.py
 
 clean:  ## remove what can be made again: rendered data, checkpoints, build leftovers (the environment stays)
 	rm -rf .cache build dist _docs _proc *.egg-info .pytest_cache reports/*/checkpoints

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from readme import readme
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,8 +42,9 @@ def main() -> None:
             for p in sorted(ours | fresh):
                 if p not in ours or p not in fresh or not filecmp.cmp(ROOT / folder / p, copy / folder / p, shallow=False):
                     wrong.append(f"{folder}/{p}: not what its notebook exports (run nbdev_export, then nbdev_clean)")
+        if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): wrong.append("README.md: not what nbs/index.ipynb gives (run make readme)")
         if wrong: sys.exit("out of step:\n  " + "\n  ".join(wrong))
-    print("exports in step: nbdev_export and nbdev_clean change nothing")
+    print("in step: nbdev_export and nbdev_clean change nothing, README.md is the index")
 
 
 if __name__ == "__main__": main()
