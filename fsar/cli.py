@@ -33,7 +33,7 @@ def grouped() -> dict[str, list[dataclasses.Field]]:
 def _flag(f: dataclasses.Field, optional: bool, positional: bool = False) -> tuple[str, Any, Any]:
     "One field of `Config` as a dataclass field with its help for tyro."
     kind, hint = get_type_hints(Config)[f.name], "(default: as in training)" if optional else "" if f.default in ("", ()) else None
-    note = tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=hint, metavar=_metavar(kind) if optional else None)
+    note = tyro.conf.arg(help=f.metadata["help"], help_behavior_hint=hint, metavar=f.name.upper() if positional else _metavar(kind) if optional else None)
     if positional: kind = tyro.conf.Positional[kind]
     return f.name, Annotated[kind | None if optional else kind, note], field(default=None if optional else f.default)
 
@@ -81,7 +81,7 @@ class Data(Command):
         from fsar.experiments import prepare_data
         found = prepare_data(self.config(size=min(Config().size, self.data.short_side)))
         summary = found.store.summary()
-        return {"name": found.name, "store": str(found.store.path), "hash": found.store.hash, "splits": summary.reset_index().to_dict("records"),
+        return {"name": found.name, "store": str(found.store.path), "hash": found.store.hash, "splits": summary.rename_axis("split").reset_index().to_dict("records"),
                 "unreadable": found.store.quarantine.to_dict("records"), "notes": list(found.notes)}
 
     def words(self, result: dict[str, Any]) -> str:
@@ -116,12 +116,12 @@ class Test(Command):
     """Test a saved model on novel classes: another split, other shots, or another data set.
 
     CHECKPOINT is a run's folder or a checkpoint's. What is not given is as it was in training."""
-    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(help="a run's output folder, or the folder of a checkpoint (model.json, model.safetensors)")]]
+    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT", help="a run's output folder, or the folder of a checkpoint (model.json, model.safetensors)")]]
     testing: options("testing", TEST, optional=True)
 
     def run(self) -> dict[str, Any]:
-        from fsar.experiments import test_checkpoint
-        return test_checkpoint(self.checkpoint, {k: v for k, v in vars(self.testing).items() if v is not None})
+        from fsar.experiments import evaluate_checkpoint
+        return evaluate_checkpoint(self.checkpoint, {k: v for k, v in vars(self.testing).items() if v is not None})
 
     def words(self, result: dict[str, Any]) -> str:
         from fsar.reports import headline
@@ -131,7 +131,7 @@ class Test(Command):
 @dataclass(kw_only=True)
 class Report(Command):
     """Write report.html again from a run's notebook, for instance after editing its text."""
-    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(help="a run's output folder")]]
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER", help="a run's output folder")]]
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments import render

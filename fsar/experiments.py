@@ -7,7 +7,7 @@ __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kin
            'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested', 'evaluate_model', 'numbers',
            'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'machine', 'peak_memory',
            'data_numbers', 'provenance', 'measured', 'now', 'episode_batch', 'rivals', 'check_template', 'settle',
-           'tidy', 'to_html', 'claim', 'run', 'render', 'evaluate_checkpoint']
+           'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'render', 'evaluate_checkpoint']
 
 # %% ../nbs/40_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -368,16 +368,12 @@ def _readable(cell: Any) -> Any:
     return cell
 
 # %% ../nbs/40_experiments.ipynb #cda1ca05
-PRODUCTS = ("report.html", "metrics.json", "run.json", "figures", "results", "checkpoints")
-
 def claim(out: Path, config: Config, template: str, overwrite: bool) -> bool:  # True when a finished run of this configuration lies there
-    "Settle whose the folder is: reuse, resume, clear (with `overwrite`), or an `FsarError` that names what lies there."
-    state = read_json(out / "run.json") if (out / "run.json").exists() else None
-    same = state is not None and state["config_hash"] == config.hash and state["template"] == template
-    if same and not overwrite: return state["status"] == "finished" and (out / "metrics.json").exists()
-    if state is not None and not overwrite: raise FsarError(_other(out, state, config))
-    if overwrite: _clear(out, template)
-    return False
+    "Settle whose the folder is, changing nothing: reuse (True), begin or go on (False), or an `FsarError` that names what lies there."
+    if overwrite or not (out / "run.json").exists(): return False
+    state = read_json(out / "run.json")
+    if (state["config_hash"], state["template"]) != (config.hash, template): raise FsarError(_other(out, state, config))
+    return state["status"] == "finished" and (out / "metrics.json").exists()
 
 def _other(out: Path, state: Mapping[str, Any], config: Config) -> str:
     "The message for a folder that holds another configuration's run: what differs."
@@ -386,12 +382,27 @@ def _other(out: Path, state: Mapping[str, Any], config: Config) -> str:
     return (f"{out} holds {'a finished' if state['status'] == 'finished' else 'an unfinished'} run of another configuration ({', '.join(changed[:4])}"
             f"{', …' if len(changed) > 4 else ''}): choose another --out, or --overwrite to replace it")
 
-def _clear(out: Path, template: str) -> None:
+# %% ../nbs/40_experiments.ipynb #f04741b1
+PRODUCTS = ("report.html", "metrics.json", "run.json", "figures", "results", "checkpoints")
+
+def clear(out: Path, template: str) -> None:
     "Remove what a run leaves in `out`, and nothing else."
     with writing(out):
         for name in (*PRODUCTS, f"{template}.ipynb"):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+# %% ../nbs/40_experiments.ipynb #7304f473
+def check_names(config: Config) -> None:
+    "`FsarError` unless data set, method with its options, backbone and device exist."
+    dataset_kind(config)
+    import fsar.methods  # fills the registry
+    from fsar.backbones import BACKBONES
+    from fsar.model import parse_options
+    from fsar.training import choose_device
+    parse_options(config.method, config.options)
+    BACKBONES[config.backbone]
+    choose_device(config.device)
 
 # %% ../nbs/40_experiments.ipynb #6e231854
 def run(config: Config, *,
@@ -405,9 +416,12 @@ def run(config: Config, *,
     error here says why in one line."""
     out, source = Path(config.out), resource("templates") / f"{template}.ipynb"
     check_template(source, config.to_dict())
-    with writing(out): out.mkdir(parents=True, exist_ok=True)
     if claim(out, config, template, overwrite): print(f"nothing to run: {out} holds a finished run of this configuration ({config.hash[:12]}); its results:")
-    else: _execute(source, out, config, template, progress)
+    else:
+        check_names(config)
+        with writing(out): out.mkdir(parents=True, exist_ok=True)
+        if overwrite: clear(out, template)
+        _execute(source, out, config, template, progress)
     if not (out / "report.html").exists(): to_html(out / f"{template}.ipynb", out / "report.html")
     metrics = read_json(out / "metrics.json")
     print(f"{metrics['headline']}\nreport: {out / 'report.html'}")
@@ -423,8 +437,9 @@ def _execute(source: Path, out: Path, config: Config, template: str, progress: b
     write_json(out / "run.json", state)
     (out / "report.html").unlink(missing_ok=True)
     target = out / f"{template}.ipynb"
-    quiet = ["--IPKernelApp.log_level=40"]  # its notices are not the user's business
-    try: papermill.execute_notebook(str(source), str(target), parameters=config.to_dict(), progress_bar=False, stderr_file=sys.stderr if progress else None, extra_arguments=quiet)
+    # the kernel's own notices stay out of the terminal; it is killed at the end or on Ctrl-C, since all that matters is on the disk by then
+    kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
+    try: papermill.execute_notebook(str(source), str(target), parameters=config.to_dict(), progress_bar=False, **kernel)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
     finally: _tidy_file(target)
     to_html(target, out / "report.html")

@@ -177,6 +177,7 @@ def test_another_configuration_is_not_overwritten_unless_asked(tmp_path):
     with pytest.raises(FsarError, match=r"a finished run of another configuration \(lr 0.001 → 0.01\).*--overwrite"):
         experiments.run(config.replace(lr=0.01))
     assert not experiments.claim(tmp_path, config.replace(lr=0.01), "train", True)
+    experiments.clear(tmp_path, "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
 

@@ -46,7 +46,7 @@ def test_selection_on_test_classes_is_labelled_wherever_the_number_appears(make)
 
 def test_question_counts_classes_and_examples():
     text = reports.question(metrics())
-    assert "24 base classes" in text and "one example of each of 5 classes" in text and "out of 10" in text and "20.0 %" in text
+    assert "24 base classes" in text and "one example of each of 5 classes" in text and "drawn from 10" in text and "20.0 %" in text
 
 
 def test_headline_table_has_a_row_per_test():
