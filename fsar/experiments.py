@@ -6,8 +6,8 @@
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kind', 'manifest', 'manifest_hash', 'prepare_data',
            'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested', 'evaluate_model', 'numbers',
            'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'machine', 'peak_memory',
-           'data_numbers', 'provenance', 'measured', 'now', 'episode_batch', 'rivals', 'check_template', 'settle',
-           'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'render', 'evaluate_checkpoint']
+           'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch', 'rivals', 'check_template',
+           'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'render', 'evaluate_checkpoint']
 
 # %% ../nbs/40_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -263,9 +263,14 @@ def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.trai
     learned = {"parameters": sum(p.numel() for p in model.parameters()), "checkpoint": os.path.relpath(weights, out),
                "episodes": int(training.history["episodes"].iloc[-1]), "selection": training.selection, "precision": training.precision}
     learned |= {"validation": {"accuracy": training.best_accuracy, "step": training.best_step}, "steps": training.steps, "seconds": round(training.seconds, 1)}
-    metrics = {"data": data_numbers(data), "training": learned, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
+    metrics = {"selected_on": selected_on(config), "data": data_numbers(data), "training": learned, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
     metrics |= provenance(config, data, tested, weights / "model.safetensors", device) | {"wall_time_s": round(seconds, 1), "finished": now()}
     return {"headline": headline(metrics)} | metrics
+
+def selected_on(config: Config) -> str | None:
+    "The split on which a run's weights are selected; None where the last are taken."
+    if config.protocol == "last" or not config.validate_every: return None
+    return config.test_split if config.protocol == "paper" else "val"
 
 def now() -> str:
     "The time in UTC, to the second."
@@ -480,10 +485,18 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     model = load_model(weights)
     if not known and "dataset" not in changes: raise FsarError(f"{weights} does not say which data it was trained on: name some with --dataset")
     config = Config.from_dict({**known, **changes, "method": model.config["method"], "frames": model.config["frames"]})
-    data = prepare_data(config)
-    device = choose_device(config.device)
+    data, device = prepare_data(config), choose_device(config.device)
+    with noted() as notes: _warn_leaks(known, config)
     tested = evaluate_model(model, config, data, device=device, precision=choose_precision(config.precision, device))
-    return {"checkpoint": str(weights), "config": config.to_dict(), "data": data_numbers(data), "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
+    chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))
+    return {"checkpoint": str(weights), "selected_on": chosen, "config": config.to_dict(), "data": data_numbers(dataclasses.replace(data, notes=data.notes + tuple(notes))), "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
+
+# %% ../nbs/40_experiments.ipynb #75150dcd
+def _warn_leaks(known: Mapping[str, Any], config: Config) -> None:
+    "Warn of classes that a public benchmark shares with the one a model was trained on."
+    from fsar.splits import BENCHMARKS, warn_leaks
+    trained_on = known.get("dataset")
+    if trained_on in BENCHMARKS and config.dataset in BENCHMARKS and trained_on != config.dataset: warn_leaks(trained_on, config.dataset)
 
 # %% ../nbs/40_experiments.ipynb #33ac3cc2
 def _reason(error: Any,  # papermill's, with ename and evalue

@@ -25,7 +25,7 @@ def result(**changes):
 
 
 def metrics(**changes):
-    return dict(config=dict(method="molo", protocol="val"), data=dict(name="motions-mini", classes=dict(train=["a"] * 24, val=["b"], test=["c"] * 10)),
+    return dict(selected_on="val", config=dict(method="molo", protocol="val"), data=dict(name="motions-mini", classes=dict(train=["a"] * 24, val=["b"], test=["c"] * 10)),
                 results=[result(), result(task="5-way 5-shot", shots=5, accuracy=0.752)]) | changes
 
 
@@ -38,10 +38,12 @@ def test_headline_names_method_data_interval_chance_and_episodes():
     assert reports.headline(metrics()) == "molo on motions-mini, 5-way 1-shot: 61.2 ± 0.4 % (chance 20.0 %, 2,000 episodes of test classes)"
 
 
-@pytest.mark.parametrize("make", [reports.headline, reports.banner])
-def test_selection_on_test_classes_is_labelled_wherever_the_number_appears(make):
-    assert "selected on the test classes" in make(metrics(config=dict(method="molo", protocol="paper")))
-    assert "selected" not in make(metrics())
+@pytest.mark.parametrize("make", [reports.headline, reports.banner, lambda m: reports.headline_table(m)["reading"][0]])
+def test_selection_is_labelled_wherever_the_number_appears(make):
+    assert "SELECTED on these test classes, protocol 'paper'" in make(metrics(selected_on="test", config=dict(method="molo", protocol="paper"))).replace("&#x27;", "'")
+    assert "SELECTED on these val classes" in make(metrics(results=[result(split="val")]))
+    assert "last weights, no selection" in make(metrics(selected_on=None))
+    assert "selected" not in make(metrics()).lower() and "selected" not in make(metrics(selected_on="")).lower()
 
 
 def test_question_counts_classes_and_examples():
