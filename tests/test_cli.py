@@ -237,7 +237,7 @@ def test_testing_the_run_again_gives_its_numbers(finished, capsys):
     told, metrics = json.loads(capsys.readouterr().out), read_json(out / "metrics.json")
     assert told["results"][0]["accuracy"] == metrics["results"][0]["accuracy"] and told["results"][0]["table_hash"] == metrics["results"][0]["table_hash"]
     assert cli.main(["test", str(out / "checkpoints" / "last"), "--test-split", "val", "--ways", "3"]) == 0
-    assert re.fullmatch(r"protonet on tiny, 3-way 1-shot: .* of val classes\)", capsys.readouterr().out.splitlines()[0])
+    assert re.fullmatch(r"protonet on tiny, 3-way 1-shot: .* of val classes; last weights, no selection\)", capsys.readouterr().out.splitlines()[0])
 
 
 def test_report_renders_again(finished, capsys):
