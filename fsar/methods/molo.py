@@ -96,6 +96,7 @@ class FeatureDifference(nn.Module):
         super().__init__()
         self.reduce = nn.Conv3d(channels, channels // reduction, 3, padding=1)
         self.conv = nn.Conv2d(channels // reduction, channels // reduction, 3, padding=1)
+        nn.init.dirac_(self.conv.weight); nn.init.zeros_(self.conv.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
         reduced = rearrange(self.reduce(rearrange(maps, "v t c h w -> v c t h w")), "v c t h w -> v t c h w")
