@@ -33,7 +33,7 @@ test-notebooks: $(STAMP)
 	@echo "running the notebooks" && $(BIN)/nbdev_test --n_workers 2 --timing
 
 test-python: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 --durations 10
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
 	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb && $(BIN)/nbdev_clean
