@@ -22,7 +22,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## render motions-mini, train MoLo, test it, write reports/quickstart
-	@$(BIN)/fsar train --out reports/quickstart
+	@$(BIN)/fsar train --out reports/quickstart --options redraw=4
 
 test: check-exports test-notebooks test-python  ## every test: exports in step, notebooks, pytest
 
