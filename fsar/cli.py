@@ -130,14 +130,18 @@ class Test(Command):
 # %% ../nbs/50_cli.ipynb #d23430c5
 @dataclass(kw_only=True)
 class Report(Command):
-    """Write report.html again from a run's notebook, for instance after editing its text."""
-    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER", help="a run's output folder")]]
+    """Write report.html again from a run's notebook, for instance after editing its text; or, with several runs and --out, a report that sets them side by side."""
+    folders: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER", help="a run's output folder, or several that answered the same test episodes")]]
+    out: Annotated[str, tyro.conf.arg(help="folder for the comparison of several runs")] = ""
 
     def run(self) -> dict[str, Any]:
-        from fsar.experiments import render
-        return render(self.folder)
+        from fsar.experiments import compare_runs, render
+        if not self.folders: raise FsarError("name a run's output folder, or several of them with --out")
+        if len(self.folders) == 1 and not self.out: return render(self.folders[0])
+        if not self.out: raise FsarError("name with --out where the comparison of these runs goes")
+        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return compare_runs(self.folders, self.out)
 
-    def words(self, result: dict[str, Any]) -> str: return f"{result['headline']}\nreport: {result['report']}"
+    def words(self, result: dict[str, Any]) -> str: return f"{result['headline']}\nreport: {result['report']}" if "report" in result else ""
 
 # %% ../nbs/50_cli.ipynb #7afd33b0
 COMMANDS = {"data": Data, "train": Train, "test": Test, "report": Report}

@@ -7,7 +7,8 @@ __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kin
            'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested', 'evaluate_model', 'numbers',
            'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'machine', 'peak_memory',
            'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch', 'rivals', 'check_template',
-           'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'render', 'evaluate_checkpoint']
+           'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'execute', 'render',
+           'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -401,7 +402,6 @@ def clear(out: Path, template: str) -> None:
 def check_names(config: Config) -> None:
     "`FsarError` unless data set, method with its options, backbone and device exist."
     dataset_kind(config)
-    import fsar.methods  # fills the registry
     from fsar.backbones import BACKBONES
     from fsar.model import parse_options
     from fsar.training import choose_device
@@ -435,20 +435,24 @@ def run(config: Config, *,
 # %% ../nbs/41_experiments.ipynb #cade78d3
 def _execute(source: Path, out: Path, config: Config, template: str, progress: bool) -> None:
     "Execute the template into `out`, then render it; run.json says 'running' until everything is there."
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
     state = dict(config=config.to_dict(), config_hash=config.hash, template=template, status="running", started=now())
     if (out / "run.json").exists() and progress: print(f"going on with the interrupted run in {out}", file=sys.stderr)
     write_json(out / "run.json", state)
     (out / "report.html").unlink(missing_ok=True)
     target = out / f"{template}.ipynb"
-    # the kernel's own notices stay out of the terminal; it is killed at the end or on Ctrl-C, since all that matters is on the disk by then
-    kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
-    try: papermill.execute_notebook(str(source), str(target), parameters=config.to_dict(), progress_bar=False, **kernel)
-    except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
-    finally: _tidy_file(target)
+    execute(source, target, config.to_dict(), progress)
     to_html(target, out / "report.html")
     write_json(out / "run.json", {**state, "status": "finished", "finished": now()})
+
+def execute(source: Path, target: Path, parameters: Mapping[str, Any], progress: bool = True) -> None:
+    "Run a template with papermill; `FsarError` says in one line why a cell failed, `target` keeps the traceback."
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    # the kernel's own notices stay out of the terminal; it is killed at the end or on Ctrl-C, since all that matters is on the disk by then
+    kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
+    try: papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
+    except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
+    finally: _tidy_file(target)
 
 def _tidy_file(path: Path) -> None:
     "Tidy a stored notebook, if it was written at all."
@@ -497,6 +501,39 @@ def _warn_leaks(known: Mapping[str, Any], config: Config) -> None:
     from fsar.splits import BENCHMARKS, warn_leaks
     trained_on = known.get("dataset")
     if trained_on in BENCHMARKS and config.dataset in BENCHMARKS and trained_on != config.dataset: warn_leaks(trained_on, config.dataset)
+
+# %% ../nbs/41_experiments.ipynb #5a82e0d7
+def load_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:  # folder's name → metrics.json, with its tests as `tested`
+    "Finished runs that answered the same test episodes; `FsarError` names the one that did not."
+    from fsar.evaluation import Result
+    runs: dict[str, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        if not (folder / "metrics.json").is_file(): raise FsarError(f"{folder} holds no finished run: it has no metrics.json")
+        if folder.name in runs: raise FsarError(f"two of the runs have the name {folder.name!r}")
+        runs[folder.name] = read_json(folder / "metrics.json")
+        runs[folder.name]["tested"] = [Result.from_dict(read_json(f)) for f in sorted((folder / "results").glob("*.json"))]
+    first, *others = runs
+    asked = {name: [r.table_hash for r in run["tested"]] for name, run in runs.items()}
+    for name in others:
+        if asked[name] != asked[first]: raise FsarError(f"{name} and {first} answered different test episodes: compare runs with the same data and test settings")
+    return runs
+
+# %% ../nbs/41_experiments.ipynb #1586671e
+def compare_runs(folders: Sequence[str | Path],  # finished runs; differences are to the first
+                 out: str | Path, *, progress: bool = True) -> dict[str, Any]:  # what metrics.json holds
+    "Write a report that sets finished runs side by side: side_by_side.ipynb, report.html, metrics.json, figures."
+    out, parameters = Path(out), {"runs": [str(f) for f in folders], "out": str(out)}
+    if len(folders) < 2: raise FsarError("a comparison needs at least two finished runs")
+    if (out / "run.json").exists(): raise FsarError(f"{out} holds a run: choose another folder for the comparison")
+    source = resource("templates") / "side_by_side.ipynb"
+    check_template(source, parameters)
+    load_runs(folders)
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
+    execute(source, out / source.name, parameters, progress)
+    to_html(out / source.name, out / "report.html")
+    metrics = read_json(out / "metrics.json")
+    print("\n".join([*metrics["comparisons"], f"report: {out / 'report.html'}"]))
+    return metrics
 
 # %% ../nbs/41_experiments.ipynb #33ac3cc2
 def _reason(error: Any,  # papermill's, with ename and evalue

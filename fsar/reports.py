@@ -6,7 +6,8 @@
 __all__ = ['INK', 'MUTED', 'ACCENT', 'DASHES', 'PIXELS_PER_INCH', 'LIGHT_GREYS', 'set_style', 'save_figure', 'show_figure',
            'percent', 'verdict', 'selection_note', 'headline', 'banner', 'reading', 'direction', 'headline_table',
            'show_table', 'pairs_table', 'origin', 'question', 'setup', 'duration', 'training_figure', 'rates',
-           'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure', 'alignment_figure']
+           'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure', 'reversed_comparison_figure',
+           'alignment_figure']
 
 # %% ../nbs/40_reports.ipynb #d349e1d8
 from collections.abc import Callable, Mapping, Sequence
@@ -242,6 +243,22 @@ def reversed_figure(reversed_pairs: Mapping[str, Any]) -> Figure:
     ax.axvline(chance, color=INK, linestyle="--", linewidth=1, label=f"chance {chance:.0f} %")
     ax.set(xlim=(0, 106), xlabel="accuracy between the two, %"); ax.grid(axis="y", visible=False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+# %% ../nbs/40_reports.ipynb #5733509c
+def reversed_comparison_figure(runs: Mapping[str, Mapping[str, Any]]  # name → reversed_pairs of metrics.json
+                               ) -> Figure:
+    "Accuracy between the two of each time-reversed pair and over all of them, for several runs."
+    rows = [(name, label, 100 * value) for name, r in runs.items()
+            for label, value in [(f"{p['a']} ↔ {p['b']}", p["accuracy"]) for p in r["pairs"]] + [("all pairs", r["accuracy"])]]
+    table = pd.DataFrame(rows, columns=["run", "pair", "accuracy"])
+    figure, ax = plt.subplots(figsize=(6.4, 1.2 + 0.36 * table["pair"].nunique()))
+    sns.pointplot(table, x="accuracy", y="pair", hue="run", ax=ax, linestyle="none", dodge=0.3, markers=list("osDv^PX")[:len(runs)], palette="colorblind", errorbar=None)
+    chance = 100 * next(iter(runs.values()))["chance"]
+    ax.axvline(chance, color=INK, linestyle="--", linewidth=1); ax.axhline(table["pair"].nunique() - 1.5, color=MUTED, linewidth=0.8)
+    ax.annotate("chance", (chance, 0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlim=(0, 103), xlabel="accuracy between the two, %", ylabel=""); ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(runs), title=None)
     return figure
 
 # %% ../nbs/40_reports.ipynb #4126475b

@@ -246,3 +246,28 @@ def test_report_renders_again(finished, capsys):
     (out / "report.html").unlink()
     assert cli.main(["report", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "report.html") and (out / "report.html").read_text() == page
+
+
+def test_runs_are_set_side_by_side(finished, tmp_path, capsys):
+    import shutil
+    out, other = finished[0], tmp_path / "second"
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("checkpoints"))
+    file = other / "results" / "test-5-way-1-shot.json"
+    answers = read_json(file)
+    answers["correct"] = [max(0.0, c - 0.1) for c in answers["correct"]]  # a run that does worse in every episode
+    file.write_text(json.dumps(answers))
+    assert cli.main(["report", str(out), str(other), "--out", str(tmp_path / "both")]) == 0
+    said = capsys.readouterr().out
+    assert f"{out.name} − second: " in said and f"{out.name} is better on these videos" in said and "inside the noise" in said
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert all(text in page for text in ("The direction of time", "second", "data:image/png")) and (tmp_path / "both" / "figures" / "reversed.png").exists()
+
+
+def test_runs_on_other_episodes_are_not_compared(finished, tmp_path, capsys):
+    import shutil
+    other = tmp_path / "second"
+    shutil.copytree(finished[0], other, ignore=shutil.ignore_patterns("checkpoints"))
+    file = other / "results" / "test-5-way-1-shot.json"
+    file.write_text(json.dumps({**read_json(file), "table_hash": "0" * 64}))
+    assert cli.main(["report", str(finished[0]), str(other), "--out", str(tmp_path / "both")]) == 2
+    assert f"second and {finished[0].name} answered different test episodes" in capsys.readouterr().err and not (tmp_path / "both").exists()
