@@ -165,6 +165,7 @@ class MoLo(FewShotModel):
         self.motion_former = former() if motion else None
         self.difference = FeatureDifference(backbone.channels) if motion or autodecoder else None
         self.motion_up = nn.Sequential(nn.Conv2d(backbone.channels // 8, backbone.channels, 1), nn.ReLU()) if motion else None
+        if motion: nn.init.zeros_(self.motion_up[0].bias)                        # else it outweighs small motions at the start
         self.decoder, self.redraw = MotionDecoder(backbone.channels // 8) if autodecoder else None, redraw
         self.long_short, self.contrast = long_short, contrast
         self.branches = [name for name, on in (("base", base), ("motion", motion)) if on]
