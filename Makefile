@@ -30,7 +30,7 @@ check-exports: $(STAMP)
 	@$(BIN)/python tests/check_exports.py
 
 test-notebooks: $(STAMP)
-	@echo "running the notebooks" && $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo "running the notebooks, one torch thread each" && OMP_NUM_THREADS=1 FSAR_QUIET=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 test-python: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
