@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'DATA', 'TEST', 'COMMANDS', 'ABOUT', 'grouped', 'options', 
 
 # %% ../nbs/50_cli.ipynb #7d4ec1d6
 import contextlib, dataclasses, io, itertools, json, re, sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 

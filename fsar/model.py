@@ -9,7 +9,6 @@ __all__ = ['Embedding', 'METHODS', 'class_weights', 'class_mean', 'sinusoids', '
 # %% ../nbs/12_model.ipynb #05970cbc
 import importlib, inspect, math, pkgutil, typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch

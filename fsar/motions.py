@@ -9,19 +9,22 @@ __all__ = ['Field', 'SHAPES', 'PATTERNS', 'Colour', 'States', 'CLASSES', 'TOUCH'
            'render', 'film_strip', 'videos', 'render_dataset', 'contact_sheet']
 
 # %% ../nbs/03_motions.ipynb #3d160733
-import functools, hashlib, math, multiprocessing, os, signal, sys, threading, zlib
+import functools, math, multiprocessing, os, signal, sys, threading, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .core import FsarError, atomic_path, nearest, read_json, sha256_arrays, sha256_json, track, write_json, writing
 from .video import write_video
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/03_motions.ipynb #0448be68
 class Draws:
@@ -578,7 +581,7 @@ def _workers(workers: int | None) -> int:
 # %% ../nbs/03_motions.ipynb #cf64673c
 def contact_sheet(classes: Iterable[str] = tuple(CLASSES), config: MotionsConfig = PRESETS["motions-mini"], *,
                   index: int = 0,  # which video of each class
-                  frames: int = 8, columns: int = 3) -> "matplotlib.figure.Figure":
+                  frames: int = 8, columns: int = 3) -> "Figure":  # matplotlib.figure.Figure
     "A figure with one film strip per class."
     import matplotlib.pyplot as plt
     names = list(classes)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import typing
 import warnings
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -52,7 +51,6 @@ def test_every_parameter_is_explained():
 def test_the_template_is_not_executed_by_itself_and_knows_no_method():
     cells = nbformat.read(TEMPLATE, 4).cells
     assert "skip_exec: true" in cells[0].source
-    from fsar.model import METHODS
     code = "".join(c.source for c in cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ()))
     assert not [f'"{name}"' for name in ("molo", "protonet") if f'"{name}"' in code]
 

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from fsar.backbones import Backbone
-from fsar.checkpoints import CheckpointWarning, load_model, tensor_bytes, verified
+from fsar.checkpoints import CheckpointWarning, load_model, verified
 from fsar.config import Config
 from fsar.core import FsarError, generator, sha256_file, torch_seed
 from fsar.episodes import EpisodeBatch
 from fsar.model import METHODS, create_model, load_methods
-from fsar.training import (OPTIMIZERS, SCHEDULES, MetricsLog, choose_device, choose_precision, is_due, learning_rate, make_optimizer, prepare_run, run_step,
+from fsar.training import (SCHEDULES, MetricsLog, choose_device, choose_precision, is_due, learning_rate, make_optimizer, prepare_run, run_step,
                            train)
 
 from test_checkpoints import small_disk
