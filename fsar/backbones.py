@@ -83,7 +83,7 @@ def resnet_micro() -> Backbone:
     "Four residual blocks, C = 128, stride 8: trains from scratch on a CPU in minutes."
     stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
     widths = [(32, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)]
-    return Backbone(nn.Sequential(stem, *(ResidualBlock(*w) for w in widths), nn.BatchNorm2d(128)), 128, mean=(0.45,) * 3, std=(0.225,) * 3)
+    return Backbone(nn.Sequential(stem, *(ResidualBlock(*w) for w in widths)), 128, mean=(0.45,) * 3, std=(0.225,) * 3)
 
 # %% ../nbs/10_backbones.ipynb #5e37d433
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
