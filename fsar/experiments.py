@@ -244,7 +244,7 @@ def data_numbers(data: Data) -> dict[str, Any]:
     "A data set for metrics.json: classes and numbers of videos by split, and what there is to remark."
     index = data.store.index
     splits = [s for s in ("train", "val", "test") if s in set(index["split"])]
-    return {"name": data.name, "store": str(data.store.path), "classes": {s: list(data.store.classes(s)) for s in splits},
+    return {"name": data.name, "store": data.store.path.name, "classes": {s: list(data.store.classes(s)) for s in splits},
             "videos": {s: int((index["split"] == s).sum()) for s in splits}, "unreadable": len(data.store.quarantine),
             "partners": [list(p) for p in data.partners], "notes": list(data.notes)}
 
@@ -320,7 +320,8 @@ def settle(text: str) -> str:
     return "\n".join(lines)
 
 def tidy(notebook: Any) -> None:
-    "Merge each cell's stream outputs by name and settle them, in place."
+    "Merge each cell's stream outputs by name and settle them, and forget where on this machine the template stood; in place."
+    notebook.metadata.get("papermill", {}).pop("input_path", None)
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
         streams, rest = {}, []
