@@ -199,11 +199,11 @@ def command(config: Config) -> str:
 
 # %% ../nbs/41_experiments.ipynb #c7d804b1
 def git_state() -> dict[str, Any] | None:  # commit and dirty; None outside a checkout
-    "The commit that the package runs from and whether tracked files differ from it."
+    "The commit that the package runs from and whether tracked files differ from it; reports aside, which runs themselves write."
     root = Path(fsar.__file__).parent.parent
     def git(*words: str) -> str: return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
     if not (root / ".git").exists(): return None
-    try: return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    try: return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)reports"))}
     except (OSError, subprocess.CalledProcessError): return None
 
 def versions() -> dict[str, str]:
