@@ -1,5 +1,9 @@
 """Shared by all tests: one torch thread per worker, a tiny rendered data set, and the real clips where they are at hand."""
 import os
+import signal
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; several tests are about Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("FSAR_QUIET", "1")
