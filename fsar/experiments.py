@@ -174,7 +174,9 @@ def reversed_numbers(tested: Tested) -> dict[str, Any] | None:
         i, j = names.index(a), names.index(b)
         return float((r.confusion[i, i] + r.confusion[j, j]) / r.confusion[[i, j]].sum())
     asked = [p for p in tested.pairs if r.confusion[[names.index(p[0]), names.index(p[1])]].sum()]
-    return numbers(r) | {"pairs": [{"a": a, "b": b, "accuracy": between(a, b)} for a, b in asked]}
+    index = tested.clips.store.index.iloc[tested.clips.rows]
+    videos = int(index["class"].isin({name for pair in asked for name in pair}).sum())
+    return numbers(r) | {"pairs": [{"a": a, "b": b, "accuracy": between(a, b)} for a, b in asked], "videos": videos}
 
 def save_results(tested: Tested, folder: str | Path) -> None:
     "Write every test's result and episodes to `folder`."
@@ -265,7 +267,7 @@ def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.trai
                "episodes": int(training.history["episodes"].iloc[-1]), "selection": training.selection, "precision": training.precision}
     learned |= {"validation": {"accuracy": training.best_accuracy, "step": training.best_step}, "steps": training.steps, "seconds": round(training.seconds, 1)}
     metrics = {"selected_on": selected_on(config), "data": data_numbers(data), "training": learned, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
-    metrics |= provenance(config, data, tested, weights / "model.safetensors", device) | {"wall_time_s": round(seconds, 1), "finished": now()}
+    metrics |= provenance(config, data, tested, weights / "model.safetensors", device) | {"wall_time_s": round(seconds + training.reused * training.seconds, 1), "finished": now()}
     return {"headline": headline(metrics)} | metrics
 
 def selected_on(config: Config) -> str | None:

@@ -99,11 +99,16 @@ def reading(metrics: Mapping[str, Any]) -> str:
     first = f"With {'one example' if r['shots'] == 1 else str(r['shots']) + ' examples'} per class the model is {verdict(r)}: {times:.1f} times as often right as guessing."
     return first + " The interval covers the draw of the test episodes; another training seed may move the result by more."
 
-def direction(reversed_pairs: Mapping[str, Any]) -> str:
-    "What accuracy on time-reversed pairs says, in a sentence."
-    r = reversed_pairs
-    seen = {"above chance": "it sees the direction of time", "below chance": "it takes motions for their reversals"}.get(verdict(r), "it does not see the direction of time")
-    return f"Between a motion and its time reversal the model is right in {percent(r['accuracy'], r['ci95'])} of the queries ({verdict(r)}, {percent(r['chance'])}): {seen}."
+# %% ../nbs/40_reports.ipynb #23dedd66
+def direction(reversed_pairs: Mapping[str, Any]  # with the number of distinct `videos` asked about
+              ) -> str:
+    "What accuracy on time-reversed pairs says, in two sentences."
+    r, chance = reversed_pairs, reversed_pairs["chance"]
+    margin = 1.96 * (chance * (1 - chance) / r["videos"]) ** 0.5
+    meaning = {"above chance": "it sees the direction of time", "below chance": "it takes motions for their reversals"}
+    seen = meaning.get(verdict({**r, "ci95": max(margin, r["ci95"])}), "this does not show that it sees the direction of time")
+    return (f"Between a motion and its time reversal the model is right in {percent(r['accuracy'], r['ci95'])} of the queries. Guessing gives {percent(chance)}, and with {r['videos']} videos "
+            f"luck alone reaches {percent(chance + margin)}: {seen}.")
 
 # %% ../nbs/40_reports.ipynb #fe4c52c2
 def headline_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
