@@ -322,7 +322,7 @@ def settle(text: str) -> str:
     return "\n".join(lines)
 
 def tidy(notebook: Any) -> None:
-    "Merge each cell's stream outputs by name and settle them, and forget where on this machine the template stood; in place."
+    "Merge each cell's stream outputs by name and settle them; where on this machine template and cache stood is left out. In place."
     notebook.metadata.get("papermill", {}).pop("input_path", None)
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
@@ -331,7 +331,7 @@ def tidy(notebook: Any) -> None:
             if output.output_type != "stream": rest.append(output)
             elif output.name in streams: streams[output.name].text += output.text
             else: rest.append(streams.setdefault(output.name, output))
-        for output in streams.values(): output.text = settle(output.text)
+        for output in streams.values(): output.text = settle(output.text).replace(str(cache_dir()), "<cache>")
         cell.outputs = rest
 
 # %% ../nbs/41_experiments.ipynb #cfdd53c4
