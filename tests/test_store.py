@@ -244,11 +244,14 @@ def test_stopping_early_leaves_no_process(videos):
 def test_killed_anywhere_and_resumed_is_the_same(tmp_path):
     manifest = manifest_of(make_videos(tmp_path / "in", per_class=12))
     whole = prepare(manifest, tmp_path / "whole", **SETTINGS)
-    delays, kills = random.Random(0), 0
-    for attempt in range(40):
+    started = time.monotonic()
+    timed = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "timed"))
+    timed.start(); timed.join()
+    longest, delays, kills = 0.9 * (time.monotonic() - started), random.Random(0), 0  # moments within a run, however fast the machine is
+    for attempt in range(150):
         process = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "out"))
         process.start()
-        process.join(delays.uniform(0, 1.2) if kills < 10 else 60)
+        process.join(delays.uniform(0, longest) if kills < 10 else 60)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
