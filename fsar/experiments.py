@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fsar
-from .config import Config
+from .config import PLACES, Config
 from .core import FsarError, cache_dir, nearest, read_json, resource, sha256_file, sha256_json, write_json, writing
 
 # %% ../nbs/41_experiments.ipynb #ec2dd88d
@@ -379,10 +379,20 @@ def _readable(cell: Any) -> Any:
 # %% ../nbs/41_experiments.ipynb #cda1ca05
 def claim(out: Path, config: Config, template: str, overwrite: bool) -> bool:  # True when a finished run of this configuration lies there
     "Settle whose the folder is, changing nothing: reuse (True), begin or go on (False), or an `FsarError` that names what lies there."
-    if overwrite or not (out / "run.json").exists(): return False
+    if overwrite: return False
+    if not (out / "run.json").exists(): return _remakes(out, config)
     state = read_json(out / "run.json")
     if (state["config_hash"], state["template"]) != (config.hash, template): raise FsarError(_other(out, state, config))
     return state["status"] == "finished" and (out / "metrics.json").exists()
+
+def _remakes(out: Path, config: Config) -> bool:  # False: begin
+    "A report without its run's state, such as a published one, may be made again by its own configuration only."
+    if (out / "metrics.json").exists():
+        theirs, ours = read_json(out / "metrics.json").get("config", {}), config.to_dict()
+        changed = [k for k in ours if k not in PLACES and theirs.get(k) != ours[k]]
+        if changed: raise FsarError(f"{out} holds a report of another configuration ({', '.join(changed[:4])}{', …' if len(changed) > 4 else ''} differ): "
+                                    "choose another --out, or --overwrite to replace it")
+    return False
 
 def _other(out: Path, state: Mapping[str, Any], config: Config) -> str:
     "The message for a folder that holds another configuration's run: what differs."

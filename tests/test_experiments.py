@@ -1,9 +1,11 @@
 "A run's pieces without running one: data by name, provenance, parameters, folders, pages. (The whole run: test_cli.py.)"
+import re
 import dataclasses
 import subprocess
 import sys
 import typing
 import warnings
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -216,3 +218,21 @@ def test_evaluating_what_is_no_checkpoint(tmp_path, place, words):
 
 def test_importing_experiments_is_light():
     assert subprocess.run([sys.executable, "-c", "import sys, fsar.experiments; sys.exit('torch' in sys.modules)"]).returncode == 0
+
+
+def test_a_report_without_its_run_is_made_again_but_not_replaced(tmp_path):
+    mine = Config(method="protonet")
+    write_json(tmp_path / "metrics.json", {"config": mine.to_dict()})
+    assert experiments.claim(tmp_path, mine.replace(out=str(tmp_path)), "train", False) is False  # the same again
+    with pytest.raises(FsarError, match="holds a report of another configuration .method, seed differ.: choose another --out"):
+        experiments.claim(tmp_path, mine.replace(method="otam", seed=3), "train", False)
+    assert experiments.claim(tmp_path, mine.replace(seed=3), "train", True) is False  # when told to
+    write_json(tmp_path / "metrics.json", {"runs": {}})  # a comparison of runs
+    with pytest.raises(FsarError, match="another configuration"): experiments.claim(tmp_path, mine, "train", False)
+
+
+def test_a_fresh_clone_can_run_the_demo_over_the_published_report():
+    root = Path(__file__).parent.parent
+    words = re.search(r"/fsar train (.*)", (root / "Makefile").read_text())[1].split()
+    from fsar.cli import parse
+    assert experiments._remakes(root / "reports" / "quickstart", parse(["train", *words]).config()) is False
