@@ -537,7 +537,8 @@ def compare_runs(folders: Sequence[str | Path],  # finished runs; differences ar
     "Write a report that sets finished runs side by side: side_by_side.ipynb, report.html, metrics.json, figures."
     out, parameters = Path(out), {"runs": [str(f) for f in folders], "out": str(out)}
     if len(folders) < 2: raise FsarError("a comparison needs at least two finished runs")
-    if (out / "run.json").exists(): raise FsarError(f"{out} holds a run: choose another folder for the comparison")
+    if (out / "run.json").exists() or (out / "metrics.json").exists() and "runs" not in read_json(out / "metrics.json"):
+        raise FsarError(f"{out} holds a run: choose another folder for the comparison")
     source = resource("templates") / "side_by_side.ipynb"
     check_template(source, parameters)
     load_runs(folders)

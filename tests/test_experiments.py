@@ -227,6 +227,7 @@ def test_a_report_without_its_run_is_made_again_but_not_replaced(tmp_path):
     with pytest.raises(FsarError, match="holds a report of another configuration .method, seed differ.: choose another --out"):
         experiments.claim(tmp_path, mine.replace(method="otam", seed=3), "train", False)
     assert experiments.claim(tmp_path, mine.replace(seed=3), "train", True) is False  # when told to
+    with pytest.raises(FsarError, match="holds a run: choose another folder"): experiments.compare_runs(["a", "b"], tmp_path)
     write_json(tmp_path / "metrics.json", {"runs": {}})  # a comparison of runs
     with pytest.raises(FsarError, match="another configuration"): experiments.claim(tmp_path, mine, "train", False)
 
