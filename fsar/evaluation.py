@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from .core import FsarError, track
 from .episodes import EpisodeTable, VideoClips
-from .model import Embedding, FewShotModel
+from .model import Embedding, FewShotModel, widened
 
 # %% ../nbs/31_evaluation.ipynb #a5ce8c7e
 @contextlib.contextmanager
@@ -37,13 +37,13 @@ def embed_videos(model: FewShotModel, clips: VideoClips, *, batch_size: int = 16
                  workers: int = 0,  # processes that load clips
                  device: torch.device | str | None = None,  # the model is moved there; None: where it is
                  precision: Literal["fp32", "bf16"] = "fp32", progress: bool = True) -> Embedding:
-    "Every video of `clips` through `embed`, each exactly once; float32 tensors `(V, …)` on `device`, in the order of `clips.rows`."
+    "Every video of `clips` through `embed`, each exactly once; tensors `(V, …)` on `device`, in the order of `clips.rows`."
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     loader = DataLoader(clips, batch_size, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
     parts = []
     with testing(model.to(device)), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in track(loader, "embedding videos", unit="batch", disable=None if progress else True):
-            part = {name: x.float() for name, x in model.embed(batch.to(device, non_blocking=True)).items()}
+            part = widened(model.embed(batch.to(device, non_blocking=True)))
             _check_finite(part, clips.rows[sum(map(_videos, parts)):])
             parts.append(part)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -89,6 +89,7 @@ def _episodes_at_once(embedding: Embedding, videos: int  # of an episode: S + Q
 # %% ../nbs/31_evaluation.ipynb #50c647fa
 def predict_episodes(model: FewShotModel, embedding: Embedding, table: EpisodeTable, *, row_to_position: np.ndarray,  # see VideoClips
                      batch_size: int | None = None,  # episodes scored at a time; None: as many as go well
+                     precision: Literal["fp32", "bf16"] = "fp32",  # of what a task-adaptive method computes per episode
                      progress: bool = False) -> np.ndarray:  # (E, Q) ways
     "The way that `model` gives each query of each episode; the model must be where the embedding is."
     support, query = (_positions(rows, row_to_position) for rows in (table.support, table.query))
@@ -98,14 +99,15 @@ def predict_episodes(model: FewShotModel, embedding: Embedding, table: EpisodeTa
     with testing(model):
         for start in track(range(0, len(table), step), "scoring episodes", unit="batch", disable=None if progress else True):
             part = slice(start, start + step)
-            logits = _score(model, gather(embedding, support[part]), labels[part], gather(embedding, query[part]), table.classes.shape[1])
+            logits = _score(model, gather(embedding, support[part]), labels[part], gather(embedding, query[part]), table.classes.shape[1], precision)
             if not logits.isfinite().all(): raise FsarError(f"logits are not finite in an episode from {start} to {min(start + step, len(table)) - 1}")
             predicted.append(logits.argmax(-1).cpu().numpy())
     return np.concatenate(predicted)
 
-def _score(model: FewShotModel, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (E, Q, N)
-    labels = labels.to(next(iter(support.values())).device)
-    support, query = model.adapt(support, labels, query)
+def _score(model: FewShotModel, support: Embedding, labels: Tensor, query: Embedding, ways: int, precision: str) -> Tensor:  # (E, Q, N)
+    device = next(iter(support.values())).device
+    labels = labels.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): support, query = map(widened, model.adapt(support, labels, query))
     return model.score(support, labels, query, ways)
 
 # %% ../nbs/31_evaluation.ipynb #6ebbc0ee
@@ -175,9 +177,9 @@ def summarise(predicted: np.ndarray,  # (E, Q) ways
 # %% ../nbs/31_evaluation.ipynb #70cbbfea
 def evaluate(model: FewShotModel, embedding: Embedding, table: EpisodeTable, *, row_to_position: np.ndarray,  # see VideoClips
              class_names: Sequence[str] | None = None,  # of the split; None: the table's own
-             batch_size: int | None = None, progress: bool = False) -> Result:
+             batch_size: int | None = None, precision: Literal["fp32", "bf16"] = "fp32", progress: bool = False) -> Result:
     "Score all episodes of `table` from stored embeddings."
-    predicted = predict_episodes(model, embedding, table, row_to_position=row_to_position, batch_size=batch_size, progress=progress)
+    predicted = predict_episodes(model, embedding, table, row_to_position=row_to_position, batch_size=batch_size, precision=precision, progress=progress)
     return summarise(predicted, table, class_names)
 
 # %% ../nbs/31_evaluation.ipynb #9b8d4410
@@ -251,4 +253,4 @@ class Evaluator:
     def __call__(self, model: FewShotModel) -> Result:
         embedding = embed_videos(model, self.clips, batch_size=self.batch_size, workers=self.workers, device=self.device,
                                  precision=self.precision, progress=self.progress)
-        return evaluate(model, embedding, self.table, row_to_position=self.clips.row_to_position, progress=self.progress)
+        return evaluate(model, embedding, self.table, row_to_position=self.clips.row_to_position, precision=self.precision, progress=self.progress)

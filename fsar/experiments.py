@@ -6,8 +6,8 @@
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kind', 'manifest', 'manifest_hash', 'prepare_data',
            'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested', 'evaluate_model', 'numbers',
            'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'machine', 'peak_memory',
-           'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch', 'rivals', 'check_template',
-           'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'execute', 'render',
+           'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch', 'adapted', 'rivals',
+           'check_template', 'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'execute', 'render',
            'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
@@ -104,13 +104,13 @@ def noted() -> Iterator[list[str]]:
 # %% ../nbs/41_experiments.ipynb #f376c0f7
 EVALUATION_SEEDS = {"test": 0, "val": 1, "train": 2}
 
-def training_episodes(config: Config, data: Data) -> Any:  # fsar.episodes.EpisodeClips
-    "The episodes that a run trains on."
+def training_episodes(config: Config, data: Data, model: Any) -> Any:  # fsar.episodes.EpisodeClips
+    "The episodes that a run trains on, with as many frames as its model takes."
     from fsar.augment import TrainTransform
     from fsar.episodes import EpisodeClips, EpisodeSampler
     sampler = EpisodeSampler(data.store, "train", ways=config.ways, shots=config.shots, queries=config.queries, seed=config.seed)
     transform = TrainTransform(config.size, flip=config.flip, scale=(config.crop_scale, 1.0), jitter=config.jitter)
-    return EpisodeClips(data.store, sampler, frames=config.frames, transform=transform)
+    return EpisodeClips(data.store, sampler, frames=model.clip_frames, transform=transform)
 
 def table_of(config: Config, data: Data, split: str, shots: int, episodes: int, pairs: Sequence[tuple[str, str]] | None = None) -> Any:  # EpisodeTable
     "The episodes of a test; with `pairs`, two-way episodes of those classes."
@@ -118,14 +118,14 @@ def table_of(config: Config, data: Data, split: str, shots: int, episodes: int, 
     sampler = EpisodeSampler(data.store, split, ways=2 if pairs else config.ways, shots=shots, queries=config.test_queries, seed=EVALUATION_SEEDS[split], pairs=pairs)
     return episode_table(sampler, episodes)
 
-def clips_of(config: Config, data: Data, rows: Any) -> Any:  # fsar.episodes.VideoClips
+def clips_of(config: Config, data: Data, rows: Any, model: Any) -> Any:  # fsar.episodes.VideoClips
     "The videos of a test, centred."
     from fsar.augment import TestTransform
     from fsar.episodes import VideoClips
-    return VideoClips(data.store, rows, frames=config.frames, transform=TestTransform(config.size))
+    return VideoClips(data.store, rows, frames=model.clip_frames, transform=TestTransform(config.size))
 
 # %% ../nbs/41_experiments.ipynb #40838864
-def validator(config: Config, data: Data, device: Any, precision: str) -> Any:  # model → Result, or None
+def validator(config: Config, data: Data, model: Any, device: Any, precision: str) -> Any:  # model → Result, or None
     "The evaluation that selects weights, or None where the configuration asks for none."
     from fsar.evaluation import Evaluator
     split = config.test_split if config.protocol == "paper" else "val"
@@ -135,7 +135,7 @@ def validator(config: Config, data: Data, device: Any, precision: str) -> Any:  
         raise FsarError(f"protocol {config.protocol!r} selects weights on the split {split!r}, and {data.name} has no such classes: name some with "
                         f"--{split}-classes, or take the last weights with --protocol last")
     table = table_of(config, data, split, config.test_shots[0], config.val_episodes)
-    return Evaluator(clips_of(config, data, table.rows), table, workers=config.workers, device=device, precision=precision)
+    return Evaluator(clips_of(config, data, table.rows, model), table, workers=config.workers, device=device, precision=precision)
 
 # %% ../nbs/41_experiments.ipynb #a6d79c54
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def evaluate_model(model: Any, config: Config, data: Data, *, device: Any, preci
     tables = [table_of(config, data, split, shots, count) for shots in config.test_shots]
     pairs = tuple(p for p in data.partners if set(p) <= set(data.store.classes(split)))
     two_way = [table_of(config, data, split, config.test_shots[0], count, pairs)] if pairs else []
-    clips = clips_of(config, data, np.unique(np.concatenate([t.rows for t in tables + two_way])))
+    clips = clips_of(config, data, np.unique(np.concatenate([t.rows for t in tables + two_way])), model)
     embedding = embed_videos(model, clips, workers=config.workers, device=device, precision=precision, progress=progress)
-    results = [evaluate(model, embedding, t, row_to_position=clips.row_to_position, progress=progress) for t in tables + two_way]
+    results = [evaluate(model, embedding, t, row_to_position=clips.row_to_position, precision=precision, progress=progress) for t in tables + two_way]
     return Tested(tuple(tables), tuple(results[:len(tables)]), results[-1] if pairs else None, pairs, clips, embedding)
 
 # %% ../nbs/41_experiments.ipynb #f2b6dcf6
@@ -289,6 +289,16 @@ def episode_batch(clips: Any,  # VideoClips that hold the episode's videos
     labels, asked, ids = (torch.as_tensor(a.astype("int64")) for a in (episode.support_labels, episode.query_labels, episode.classes))
     return EpisodeBatch(support, labels, query, asked, ids, 0)
 
+def adapted(model: Any, tested: Tested, table: Any  # EpisodeTable; its first episode is taken
+            ) -> tuple[Any, Any]:  # Embedding of its supports (S, …) and of its queries (Q, …)
+    "What a model makes of the videos of an episode before it scores them: their embeddings, after the task-adaptive step where there is one."
+    import torch
+    from fsar.evaluation import gather, testing
+    episode, at = table[0], tested.clips.row_to_position
+    support, query = (gather(tested.embedding, at[rows]) for rows in (episode.support, episode.query))
+    labels = torch.from_numpy(episode.support_labels).long().to(next(iter(support.values())).device)
+    with testing(model): return model.adapt(support, labels, query)
+
 def rivals(episode: Any, predicted: Any,  # (Q,) ways
            ) -> tuple[int, list[tuple[int, int]]]:  # index of the query, then (row, way) of its own class's support and of the rival's
     "The first query that was answered wrongly and the support it was taken for; where all are right, the first query and the next class."
@@ -388,7 +398,7 @@ def claim(out: Path, config: Config, template: str, overwrite: bool) -> bool:  #
 def _remakes(out: Path, config: Config) -> bool:  # False: begin
     "A report without its run's state, such as a published one, may be made again by its own configuration only."
     if (out / "metrics.json").exists():
-        theirs, ours = read_json(out / "metrics.json").get("config", {}), config.to_dict()
+        theirs, ours = {**Config().to_dict(), **read_json(out / "metrics.json").get("config", {})}, config.to_dict()  # a field added since then: its default
         changed = [k for k in ours if k not in PLACES and theirs.get(k) != ours[k]]
         if changed: raise FsarError(f"{out} holds a report of another configuration ({', '.join(changed[:4])}{', …' if len(changed) > 4 else ''} differ): "
                                     "choose another --out, or --overwrite to replace it")
@@ -418,7 +428,7 @@ def check_names(config: Config) -> None:
     from fsar.backbones import BACKBONES
     from fsar.model import parse_options
     from fsar.training import choose_device
-    parse_options(config.method, config.options)
+    parse_options(config.method, config.options, config.sampler)
     BACKBONES[config.backbone]
     choose_device(config.device)
 

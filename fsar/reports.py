@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'ACCENT', 'DASHES', 'PIXELS_PER_INCH', 'LIGHT_GREYS', 'set_style', 'save_figure', 'show_figure',
-           'percent', 'verdict', 'selection_note', 'headline', 'banner', 'reading', 'direction', 'headline_table',
-           'show_table', 'pairs_table', 'origin', 'question', 'setup', 'duration', 'training_figure', 'rates',
-           'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure', 'reversed_comparison_figure',
+           'percent', 'verdict', 'selection_note', 'method_name', 'headline', 'banner', 'reading', 'direction',
+           'headline_table', 'show_table', 'pairs_table', 'origin', 'question', 'setup', 'duration', 'training_figure',
+           'rates', 'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure', 'reversed_comparison_figure',
            'alignment_figure']
 
 # %% ../nbs/40_reports.ipynb #d349e1d8
@@ -78,10 +78,14 @@ def selection_note(metrics: Mapping[str, Any], result: Mapping[str, Any]) -> str
     if split is None: return "; last weights, no selection"
     return f"; weights SELECTED on these {split} classes" + (", protocol 'paper'" if metrics["config"]["protocol"] == "paper" else "") if split == result["split"] else ""
 
+def method_name(config: Mapping[str, Any]) -> str:
+    "The method, with the sampler in front of it where there is one: `vim sampler + protonet`."
+    return f"{config['sampler']} sampler + {config['method']}" if config.get("sampler") else config["method"]
+
 def headline(metrics: Mapping[str, Any]) -> str:
     "The run in one line: method, data set, first test, and how its weights were chosen where that matters."
     r = metrics["results"][0]
-    return (f"{metrics['config']['method']} on {metrics['data']['name']}, {r['task']}: {percent(r['accuracy'], r['ci95'])} "
+    return (f"{method_name(metrics['config'])} on {metrics['data']['name']}, {r['task']}: {percent(r['accuracy'], r['ci95'])} "
             f"(chance {percent(r['chance'])}, {r['episodes']:,} episodes of {r['split']} classes{selection_note(metrics, r)})")
 
 # %% ../nbs/40_reports.ipynb #e35e9979
@@ -153,7 +157,7 @@ def setup(metrics: Mapping[str, Any]) -> pd.DataFrame:
     c, data, training = metrics["config"], metrics["data"], metrics["training"]
     sizes = [f"{len(data['classes'][s])} classes, {data['videos'][s]:,} videos" for s in ("train", "val", "test") if s in data["classes"]]
     rows = {"data": f"{data['name']}: " + "; ".join(f"{s} {size}" for s, size in zip(("base", "validation", "novel"), sizes)),
-            "method": " ".join([c["method"], *c["options"]]), "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}; {training['parameters']:,} parameters in all",
+            "method": " ".join([method_name(c), *c["options"]]), "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}; {training['parameters']:,} parameters in all",
             "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",
             "training": f"{training['episodes']:,} episodes, {c['ways']}-way {c['shots']}-shot, {c['queries']} queries a class; {c['optimizer']}, learning rate {c['lr']:g}, {c['schedule']}; {training['precision']}, {duration(training['seconds'])}",
             "weights tested": training["selection"] + _selected(training["validation"]), "test": f"{metrics['results'][0]['episodes']:,} episodes for each number of shots, {c['test_queries']} queries a class",

@@ -99,9 +99,9 @@ def test_store_may_lie_where_the_user_says(tiny_motions, tmp_path, monkeypatch):
 def test_no_val_classes_is_an_error_unless_nothing_is_selected(tiny_store):
     index = tiny_store.index[tiny_store.index["split"] != "val"]
     data = experiments.Data("tiny", dataclasses.replace(tiny_store, index=index))
-    with pytest.raises(FsarError, match="--protocol last"): experiments.validator(Config(), data, "cpu", "fp32")
-    assert experiments.validator(Config(protocol="last"), data, "cpu", "fp32") is None
-    assert experiments.validator(Config(validate_every=0), data, "cpu", "fp32") is None
+    with pytest.raises(FsarError, match="--protocol last"): experiments.validator(Config(), data, None, "cpu", "fp32")
+    assert experiments.validator(Config(protocol="last"), data, None, "cpu", "fp32") is None
+    assert experiments.validator(Config(validate_every=0), data, None, "cpu", "fp32") is None
 
 
 def test_test_episodes_are_the_same_for_every_method_and_seed(tiny_store):
