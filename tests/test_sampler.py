@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fsar.core import FsarError, torch_seed
-from fsar.methods.sampler import (PerturbedTopK, SampledModel, TaskLearner, amplify, interpolation, inverse_transform, perturbed_top_frames, picked, profiles, related,
+from fsar.methods.sampler import (PerturbedTopK, SampledModel, TaskLearner, amplify, inverse_transform, perturbed_top_frames, picked, profiles, related,
                                   stretched, top_frames)
-from fsar.model import METHODS, create_model, load_methods, sinusoids
+from fsar.model import METHODS, create_model, interpolation, load_methods, sinusoids
 from test_methods import batch, logits_of, pixels, rows
 
 load_methods()
