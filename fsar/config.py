@@ -46,7 +46,7 @@ class Config:
     method: str = _help("molo", "few-shot method, e.g. molo, strm, trx, vim, hyrsm, ta2n, otam, bimhm, protonet")
     sampler: str = _help("", "sampler in front of the method that chooses frames and places of a video, e.g. vim; empty: none")
     backbone: str = _help("resnet_micro", "frame encoder, e.g. resnet_micro, resnet18, resnet50, mobilenet_v2")
-    weights: str = _help("", "'imagenet' (downloaded by torchvision), a local .pth or .safetensors file, or empty: from scratch")
+    weights: str = _help("", "'imagenet' (downloaded by torchvision), a local .pth or .safetensors file, a checkpoint's folder (its backbone), or empty: from scratch")
     options: tuple[str, ...] = _help((), "the method's own settings as key=value, e.g. matcher=otam motion=false; a sampler's as sampler.key=value")
     # training
     episodes: int = _help(600, "training episodes in all")
