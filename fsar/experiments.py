@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kind', 'manifest', 'manifest_hash', 'prepare_data',
-           'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested', 'evaluate_model', 'numbers',
-           'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'machine', 'peak_memory',
-           'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch', 'adapted', 'rivals',
-           'check_template', 'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run', 'execute', 'render',
-           'evaluate_checkpoint', 'load_runs', 'compare_runs']
+           'prepare_rendered', 'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested',
+           'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command', 'git_state', 'versions',
+           'machine', 'peak_memory', 'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch',
+           'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run',
+           'execute', 'render', 'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -46,20 +46,20 @@ def dataset_kind(config: Config) -> str:  # 'motions', 'benchmark' or 'folder'
 # %% ../nbs/41_experiments.ipynb #4146c3da
 def manifest(config: Config, *, progress: bool = True):  # -> the manifest and the folder it describes
     "The table of videos that `config` asks for; renders `motions` when it is not in the cache yet."
+    from fsar.motions import PRESETS
     from fsar.splits import benchmark_manifest, folder_manifest
     kind = dataset_kind(config)
     if kind == "benchmark":
         if not config.videos: raise FsarError(f"data set {config.dataset!r} needs the folder of its videos: --videos FOLDER")
         return benchmark_manifest(config.dataset, config.videos), Path(config.videos)
-    root = _rendered(config.dataset, progress) if kind == "motions" else Path(config.dataset)
+    root = _rendered(PRESETS[config.dataset], progress) if kind == "motions" else Path(config.dataset)
     patterns = {name: getattr(config, f"{name}_classes") for name in ("train", "val", "test") if getattr(config, f"{name}_classes")}
     return folder_manifest(root, splits=config.splits or None, patterns=patterns or None, source=config.source or None), root
 
-def _rendered(name: str, progress: bool) -> Path:
+def _rendered(preset: Any, progress: bool) -> Path:  # fsar.motions.MotionsConfig
     "The folder of a rendered benchmark in the cache, complete."
-    from fsar.motions import PRESETS, render_dataset
-    preset = PRESETS[name]
-    root = cache_dir() / "motions" / f"{name}-{sha256_json(dataclasses.asdict(preset))[:12]}"
+    from fsar.motions import render_dataset
+    root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(dataclasses.asdict(preset))[:12]}"
     with writing(root): root.mkdir(parents=True, exist_ok=True)
     return render_dataset(root, preset, progress=progress)
 
@@ -76,6 +76,11 @@ def prepare_data(config: Config, *, progress: bool = True) -> Data:
         table, root = manifest(config, progress=progress)
         store, digest = _prepared(config, table, root, progress)
     return Data(_name(config, root), store, pairs() if (root / "motions.json").exists() else (), tuple(notes), digest)
+
+def prepare_rendered(preset: Any,  # fsar.motions.MotionsConfig, for instance a preset with a dial turned
+                     *, short_side: int = 72, progress: bool = True) -> Data:
+    "Render `preset` into the cache and prepare it."
+    return prepare_data(Config(dataset=str(_rendered(preset, progress)), short_side=short_side, size=min(64, short_side)), progress=progress)
 
 def _name(config: Config, root: Path) -> str:
     "The data set's name: a folder's own, whatever the path to it."
