@@ -71,13 +71,13 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "v t (qkv heads d) -> qkv v heads t d", qkv=3, heads=self.heads)
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "v heads t d -> v t (heads d)"))
 
-# %% ../nbs/12_model.ipynb #02d96d25
+# %% ../nbs/12_model.ipynb #673984b7
 def interpolation(positions: Tensor,  # (..., L) places to read, in units of the input's entries; beyond the ends the outermost entry is read
                   length: int,  # of the input
                   ) -> Tensor:  # (..., L, length), rows sum to one
     "The matrix of linear interpolation."
     distance = positions.clamp(0, length - 1)[..., None] - torch.arange(length, device=positions.device, dtype=positions.dtype)
-    return (1 - distance.abs()).clamp(min=0)
+    return (1 - distance.abs()).relu()
 
 # %% ../nbs/12_model.ipynb #5ed7f51a
 def class_slots(labels: Tensor,  # (..., S) class of each support, −1 for padding

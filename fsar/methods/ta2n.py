@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..core import extend
-from ..model import METHODS, Embedding, FewShotModel, class_mean, class_weights
+from ..model import METHODS, Embedding, FewShotModel, class_mean, class_weights, interpolation
 
 # %% ../../nbs/26_ta2n.ipynb #19686375
 def resampling_matrix(phi: Tensor,  # (..., 2): a and b
@@ -25,8 +25,7 @@ def resampling_matrix(phi: Tensor,  # (..., 2): a and b
     "Linear interpolation at t' = a·t + b for t in [−1, 1]; beyond the ends it stays at the first or last frame."
     a, b = phi[..., :1], phi[..., 1:]
     time = torch.linspace(-1, 1, frames, dtype=phi.dtype, device=phi.device)
-    place = ((a * time + b + 1) / 2 * (frames - 1)).clamp(0, frames - 1)                  # (..., T) counted in frames
-    return (1 - (place[..., None] - torch.arange(frames, device=phi.device)).abs()).relu()
+    return interpolation((a * time + b + 1) / 2 * (frames - 1), frames)                   # places counted in frames
 
 # %% ../../nbs/26_ta2n.ipynb #0edb76fd
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
