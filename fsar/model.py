@@ -29,21 +29,20 @@ SAMPLERS: Registry[type["FewShotModel"]] = Registry("sampler")  # a class around
 # %% ../nbs/12_model.ipynb #4ee19af3
 def class_weights(labels: Tensor,  # (..., S) class of each support, −1 for padding
                   ways: int,  # N
-                  ) -> Tensor:  # (..., N, S), rows sum to 1
+                  dtype: torch.dtype = torch.float32) -> Tensor:  # (..., N, S), rows sum to 1
     "Averaging weights from supports to classes; `FsarError` if a class has no support."
     member = labels[..., None, :] == torch.arange(ways, device=labels.device)[:, None]
     count = member.sum(-1, keepdim=True)
     if not count.all(): raise FsarError(f"an episode of {ways} ways needs support for every class, but class {int((count == 0).nonzero()[0][-2])} has none")
-    return member / count
+    return member.to(dtype) / count
 
 # %% ../nbs/12_model.ipynb #2f06e5b9
 def class_mean(x: Tensor,  # (..., S, *rest)
                labels: Tensor,  # (..., S)
                ways: int) -> Tensor:  # (..., N, *rest)
     "Prototypes: the mean over each class's supports."
-    weights = class_weights(labels, ways)
-    rest = x.shape[labels.ndim:]
-    return (weights.to(x.dtype) @ x.flatten(labels.ndim)).unflatten(-1, rest) if rest else (weights.to(x.dtype) @ x[..., None])[..., 0]
+    weights, rest = class_weights(labels, ways, x.dtype), x.shape[labels.ndim:]
+    return (weights @ x.flatten(labels.ndim)).unflatten(-1, rest) if rest else (weights @ x[..., None])[..., 0]
 
 # %% ../nbs/12_model.ipynb #0857bcbd
 def sinusoids(length: int,  # T
@@ -200,7 +199,7 @@ class MatchingModel(FewShotModel):
 
     def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
         distances = self.matcher(frame_similarity(query["frames"], support["frames"], self.cosine_eps))  # (..., Q, S)
-        return -self.scale * distances @ class_weights(labels, ways).to(distances.dtype).mT              # (..., Q, N)
+        return -self.scale * distances @ class_weights(labels, ways, distances.dtype).mT                  # (..., Q, N)
 
 # %% ../nbs/12_model.ipynb #0b7d2072
 def load_methods() -> Registry:

@@ -123,7 +123,7 @@ class Finetune(FewShotModel):
                  rate: float = 0.01,  # of fitting
                  momentum: float = 0.9, decay: float = 1e-3,  # decay pulls back to the start
                  scale: float = 10.0,  # logits = scale · cosine
-                 stretches: int = 4,  # P: a video is its mean frame in each of so many stretches; 1 cannot see order
+                 stretches: int = 1,  # P: a video is its mean frame in each of so many stretches; 1, the mean of all, cannot see order
                  class_loss: float = 1.0,  # weight of the only loss; 0: the episode's loss in its place
                  **kwargs: Any) -> None:
         super().__init__(backbone, class_loss=class_loss, **kwargs)

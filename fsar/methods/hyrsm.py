@@ -202,7 +202,7 @@ def shown(self: HyRSM, support: Embedding, labels: Tensor, ways: int) -> tuple[T
 def score(self: HyRSM, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
     "−scale · the mean distance to a class's supports, frames joined with the task's tokens (paper §3.3)."
     frames, labels = self.shown(support, labels, ways)
-    weights = class_weights(labels, ways).to(frames.dtype)                                         # (..., N, S)
+    weights = class_weights(labels, ways, frames.dtype)                                         # (..., N, S)
     distances = self.match(self.similarity(frames, labels >= 0, query["frames"]))                  # (..., Q, S)
     return -self.scale * distances @ weights.mT
 

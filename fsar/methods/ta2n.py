@@ -199,4 +199,4 @@ def score(self: TA2N, support: Embedding, labels: Tensor, query: Embedding, ways
         support = {name: class_mean(x, labels, ways) for name, x in support.items()}
         labels = torch.arange(ways, device=labels.device).expand(*labels.shape[:-1], ways)
     distances = (1 - F.cosine_similarity(*self.align(support, query), dim=-1)).mean(-1)                           # (..., Q, S)
-    return -self.scale * distances @ class_weights(labels, ways).to(distances.dtype).mT
+    return -self.scale * distances @ class_weights(labels, ways, distances.dtype).mT
