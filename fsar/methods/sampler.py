@@ -214,7 +214,7 @@ def picked(x: Tensor,  # (..., M, *rest)
     index = chosen.argmax(-1).view(*chosen.shape[:-1], *(1,) * len(rest)).expand(*chosen.shape[:-1], *rest)
     return x.gather(lead, index)
 
-# %% ../../nbs/27_sampler.ipynb #34ea0920
+# %% ../../nbs/27_sampler.ipynb #501b953a
 @SAMPLERS.register("vim")
 class SampledModel(FewShotModel):
     "A few-shot model that sees what the task-adaptive sampler chooses (Liu et al., ACM MM 2022)."
@@ -245,6 +245,8 @@ class SampledModel(FewShotModel):
     def frames(self) -> int: return self.model.frames
     @property
     def least_frames(self) -> int: return self.model.least_frames
+    @property
+    def silent_at_start(self) -> tuple[str, ...]: return tuple(f"model.{name}" for name in self.model.silent_at_start)
     @property
     def backbone(self) -> nn.Module: return self.model.backbone
 
