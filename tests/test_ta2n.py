@@ -33,7 +33,7 @@ def grown(model):
     model = model.eval().double()
     with torch_seed(3):
         if model.transform is not None: nn.init.normal_(model.transform.head[2].weight, std=4.0)
-        if model.offsets is not None: nn.init.normal_(model.offsets.head.weight, std=20.0)
+        if model.offsets is not None: nn.init.normal_(model.offsets.head.weight, std=10.0)
         if model.rearrangement is not None:
             for layer in (model.rearrangement.key, model.rearrangement.query, model.rearrangement.value): nn.init.normal_(layer.weight, std=3.0)
     return model
@@ -129,23 +129,29 @@ def test_box_is_normalised_and_perturbations_average(offset, perturb):
 
 
 def test_split_convolution_is_that_of_the_joined_maps():
-    with torch_seed(7): network, (support, query) = OffsetNetwork(6, 5).double(), torch.randn(2, 2, 3, 6, 4, 5, dtype=torch.float64)
+    with torch_seed(7): network, (support, query) = OffsetNetwork(6, 5, 1).double(), torch.randn(2, 2, 3, 6, 4, 5, dtype=torch.float64)
     joined = nn.Conv3d(12, 5, (1, 3, 3), padding=(0, 1, 1), bias=False).double()
     joined.weight.data = torch.cat([network.halves.weight[:5], network.halves.weight[5:]], 1)[:, :, None]
     expected = joined(torch.cat([support, query], 2).transpose(1, 2))
     close(network.embed(support)["support_half"] + network.embed(query)["query_half"], expected)
 
 
+def group_norm_loop(norm, x):  # (d, T, h, w)
+    parts = [(g - g.mean()) / (g.var(unbiased=False) + norm.eps).sqrt() for g in x.split(len(x) // norm.num_groups)]
+    return torch.cat(parts) * norm.weight[:, None, None, None] + norm.bias[:, None, None, None]
+
+
 def offsets_loop(network, support_maps, query_maps):
     "(T, 2) from the maps of one pair, frames of the query already in the support's order."
     width = network.conv.in_channels
     weight = torch.cat([network.halves.weight[:width], network.halves.weight[width:]], 1)
-    first = torch.stack([nn.functional.conv2d(torch.cat([s, q])[None], weight, padding=1)[0] for s, q in zip(support_maps, query_maps)])
-    x = nn.functional.conv3d(first.clamp(min=0).transpose(0, 1)[None], network.conv.weight, network.conv.bias, padding=1)[0].clamp(min=0)   # d T h w
+    first = torch.stack([nn.functional.conv2d(torch.cat([s, q])[None], weight, padding=1)[0] for s, q in zip(support_maps, query_maps)], 1)
+    x = group_norm_loop(network.norms[0], first).clamp(min=0)                                 # d T h w
+    x = group_norm_loop(network.norms[1], nn.functional.conv3d(x[None], network.conv.weight, padding=1)[0]).clamp(min=0)
     T, h, w = x.shape[1:]
     cells = [(i, j, (2 * j + 1) / w - 1, (2 * i + 1) / h - 1) for i in range(h) for j in range(w)]
-    read = [torch.cat([sum(x[:, t, i, j] * f(a, b) for i, j, a, b in cells) / (h * w) for f in (lambda a, b: 1, lambda a, b: a, lambda a, b: b)]) for t in range(T)]
-    return torch.stack([0.75 * torch.tanh(network.head.weight @ r + network.head.bias) for r in read])
+    read = [torch.cat([sum(x[:, t, i, j] * f(a, b) for i, j, a, b in cells) / (h * w) for f in (lambda a, b: a, lambda a, b: b)]) for t in range(T)]
+    return torch.stack([0.75 * torch.tanh(network.head.weight @ r) for r in read])
 
 
 def score_loop(model, clips, labels, shots, ways):

@@ -86,18 +86,19 @@ def box_mask(offset: Tensor,  # (..., 2): x to the right, y down, in [−1, 1]
     across, down = (box_profile(offset[..., axis], size[1 - axis], half, soft, shifts) for axis in (0, 1))
     return down[..., :, None] * across[..., None, :]
 
-# %% ../../nbs/26_ta2n.ipynb #cea4cebe
+# %% ../../nbs/26_ta2n.ipynb #7054d74e
 REACH = 0.75  # the largest offset, in half frames
 
 class OffsetNetwork(nn.Module):
     "Where each frame of a pair must be cut so that the two show the same part: offsets in [−0.75, 0.75]² from both feature maps."
 
-    def __init__(self, channels: int, width: int = 32) -> None:
+    def __init__(self, channels: int, width: int = 32, groups: int = 4) -> None:
         super().__init__()
         self.halves = nn.Conv2d(channels, 2 * width, 3, padding=1, bias=False)   # the first 1×3×3 convolution, support's half and query's
-        self.conv = nn.Conv3d(width, width, 3, padding=1)
-        self.head = nn.Linear(3 * width, 2)
-        nn.init.normal_(self.head.weight, std=1e-2); nn.init.zeros_(self.head.bias)
+        self.conv = nn.Conv3d(width, width, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, width) for _ in range(2))
+        self.head = nn.Linear(2 * width, 2, bias=False)
+        nn.init.normal_(self.head.weight, std=1e-2)
 
     def embed(self, maps: Tensor  # (V, T, C, h, w)
               ) -> Embedding:  # (V, d, T, h, w) each
@@ -108,14 +109,15 @@ class OffsetNetwork(nn.Module):
     def forward(self, first: Tensor  # (..., d, T, h, w) the sum of both halves
                 ) -> Tensor:  # (..., T, 2)
         "The offsets of all pairs."
-        x = self.conv(rearrange(first, "... d t h w -> (...) d t h w").relu()).relu()
-        moments = torch.einsum("pdthw,khw->ptkd", x, places(*x.shape[-2:], like=x))       # (pairs, T, 3, d)
+        x = self.norms[0](rearrange(first, "... d t h w -> (...) d t h w")).relu()
+        x = self.norms[1](self.conv(x)).relu()
+        moments = torch.einsum("pdthw,khw->ptkd", x, places(*x.shape[-2:], like=x))       # (pairs, T, 2, d)
         return (REACH * self.head(moments.flatten(-2)).tanh()).unflatten(0, first.shape[:-4])
 
-def places(h: int, w: int, like: Tensor) -> Tensor:  # (3, h, w)
-    "1, x and y of every cell, divided by their number: a mean, and where along x and y it comes from."
+def places(h: int, w: int, like: Tensor) -> Tensor:  # (2, h, w)
+    "x and y of every cell, divided by the number of cells: weights of the first moments."
     x, y = ((2 * torch.arange(n, device=like.device).to(like) + 1) / n - 1 for n in (w, h))
-    return torch.stack(torch.broadcast_tensors(like.new_ones(()), x, y[:, None])) / (h * w)
+    return torch.stack(torch.broadcast_tensors(x, y[:, None])) / (h * w)
 
 # %% ../../nbs/26_ta2n.ipynb #bed3eb02
 @METHODS.register("ta2n")
