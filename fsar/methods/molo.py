@@ -19,19 +19,19 @@ from ..backbones import Backbone, numbered_resnet
 from ..core import FsarError, extend
 from ..episodes import EpisodeBatch
 from ..matching import bimhm, frame_similarity, otam
-from ..model import METHODS, Attention, Embedding, FewShotModel, class_mean, sinusoids
+from ..model import METHODS, POSITIONS, Attention, Embedding, FewShotModel, class_mean
 
 # %% ../../nbs/24_molo.ipynb #1ecd830e
 class TokenTransformer(nn.Module):
     "A learnable token in front of the frames, positions, and one transformer layer: `(V, T, C)` to `(V, T+1, C)` (paper §3.2)."
 
     def __init__(self, channels: int, *, heads: int = 8, dropout: float = 0.2, plain_feed_forward: bool = False,
-                 position_a: float = 0.0,  # features are multiplied by √(C/A) before positions are added; 0: not at all
+                 positions: str = "sinusoids", position_a: float = 0.0,  # features are multiplied by √(C/A) before positions are added; 0: not at all
                  position_b: float = 1.0,  # B: weight of the positions
                  ) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(channels) * channels ** -0.5)
-        self.gain, self.position_b = ((channels / position_a) ** 0.5 if position_a else 1.0), position_b
+        self.gain, self.position_b, self.positions = ((channels / position_a) ** 0.5 if position_a else 1.0), position_b, POSITIONS[positions]
         self.attention = Attention(channels, heads, dropout)
         self.feed_forward = nn.Sequential(nn.Identity() if plain_feed_forward else nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU(),
                                           nn.Dropout(dropout), nn.Linear(channels, channels), nn.Dropout(dropout))
@@ -39,7 +39,7 @@ class TokenTransformer(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         x = torch.cat([self.token.to(frames.dtype).expand(len(frames), 1, -1), frames], 1)   # (V, T+1, C)
-        x = x * self.gain + self.position_b * sinusoids(*x.shape[1:]).to(x)
+        x = x * self.gain + self.position_b * self.positions(*x.shape[1:]).to(x)
         x = x + self.attention(x)
         return self.out(x + self.feed_forward(x))
 
@@ -128,7 +128,7 @@ LAYOUT = tuple((rf"(?:head\.)?{theirs}", ours) for theirs, ours in PARTS)
 
 # %% ../../nbs/24_molo.ipynb #c7afb16d
 RELEASED = {"sums": True, "scale": 1.0, "cosine_eps": 0.01, "contrast": "prototype", "plain_feed_forward": True, "position_a": 10.0, "lambda_contrast": 0.05,
-            "pixels": "video"}
+            "positions": "steep", "pixels": "video"}
 
 @METHODS.register("molo")
 class MoLo(FewShotModel):
@@ -149,7 +149,9 @@ class MoLo(FewShotModel):
                  contrast: Literal["long_short", "prototype"] = "long_short",  # prototype: released code's loss
                  tau: float = 0.1,  # τ of the contrast
                  redraw: int = 1,  # the reconstruction's height and width are an r-th of the frame's
-                 heads: int = 8, dropout: float = 0.2, plain_feed_forward: bool = False, position_a: float = 0.0, position_b: float = 1.0,
+                 heads: int = 8, dropout: float = 0.2, plain_feed_forward: bool = False,
+                 positions: Literal["sinusoids", "steep"] = "sinusoids",  # steep: as released code counts
+                 position_a: float = 0.0, position_b: float = 1.0,
                  **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
         if not (base or motion): raise FsarError("method 'molo' needs at least one head: base=true or motion=true")
@@ -158,7 +160,7 @@ class MoLo(FewShotModel):
         self.motion_weight, self.cosine_eps, self.tau = motion_weight, cosine_eps, tau
         self.lambda_contrast, self.lambda_reconstruction = lambda_contrast, lambda_reconstruction
         former = partial(TokenTransformer, backbone.channels, heads=heads, dropout=dropout, plain_feed_forward=plain_feed_forward,
-                         position_a=position_a, position_b=position_b)
+                         positions=positions, position_a=position_a, position_b=position_b)
         self.base_former = former() if base else None
         self.motion_former = former() if motion else None
         self.difference = FeatureDifference(backbone.channels) if motion or autodecoder else None
