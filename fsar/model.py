@@ -121,6 +121,7 @@ class FewShotModel(nn.Module):
     variants: dict[str, dict[str, Any]] = {"paper": {}}  # name → options that it sets; "released" is what the authors' code does
     least_frames = 1  # the fewest frames that the method can work with
     relational = False  # whether the logit of a class depends on the episode's other classes
+    silent_at_start: tuple[str, ...] = ()  # parameters behind a gate that starts closed: without gradient until the first step has opened it
     parts: tuple[type, ...] = ()  # classes whose constructor keywords are options of this one too
     released_layout: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): names in the authors' checkpoints → ours
     released_lacks: tuple[str, ...] = (r".*\.num_batches_tracked",)  # patterns of our names that the authors' checkpoints need not have

@@ -49,14 +49,22 @@ def logits_of(model, support, labels, query, ways):
         return model.score(support, labels, query, ways)
 
 
+def without_gradient(model) -> set[str]:
+    return {n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()}
+
+
 @forms
 def test_every_parameter_gets_a_gradient(method, variant, sampler):
     model = make(method, variant, sampler).train()
     out = model(batch(model))
     out.loss.backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert out.loss.isfinite() and not without
+    assert out.loss.isfinite() and without_gradient(model) == set(model.silent_at_start)      # those that a method declares, and really those
     assert torch.isclose(out.loss, sum(w * v for w, v in out.losses.values()))
+    if not model.silent_at_start: return
+    torch.optim.Adam(model.parameters(), 1e-3).step()                                         # one step opens the gate
+    model.zero_grad()
+    model(batch(model)).loss.backward()
+    assert not without_gradient(model)
 
 
 @forms
