@@ -9,8 +9,8 @@ from torchvision import models
 from fsar.core import FsarError, torch_seed
 from fsar.episodes import EpisodeBatch
 from fsar.matching import MATCHERS
-from fsar.methods.hyrsm import FrameRelation, HyRSM, TaskRelation, coherence, shifted_self_similarity, shifted_similarity, steep_sinusoids
-from fsar.model import create_model, parse_options, sinusoids
+from fsar.methods.hyrsm import FrameRelation, HyRSM, TaskRelation, coherence, shifted_self_similarity, shifted_similarity
+from fsar.model import create_model, parse_options, sinusoids, steep_sinusoids
 
 
 def make(variant="paper", classes=12, backbone="resnet_micro", **options) -> HyRSM:

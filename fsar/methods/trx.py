@@ -103,7 +103,7 @@ def parse_cardinalities(text: str  # such as "2,3"
         raise FsarError(f"option 'cardinalities' of method 'trx' wants different numbers from 1 to 4 with commas between, such as 2,3; got {text!r}")
     return tuple(found)
 
-# %% ../../nbs/23_trx.ipynb #3e9e7990
+# %% ../../nbs/23_trx.ipynb #8fcedf6f
 RESNET_LAYOUT = ((r"(?<![^.])module\.", ""),  # of DataParallel, anywhere in a name
                  (r"^resnet\.0\.", "backbone.body.conv1."), (r"^resnet\.1\.", "backbone.body.bn1."),
                  *((rf"^resnet\.{child}\.", f"backbone.body.layer{child - 3}.") for child in (4, 5, 6, 7)))
@@ -112,6 +112,7 @@ HEADS_LAYOUT = ((r"^transformers\.\d+\.(norm_v|pe)\..*|^transformers\.\d+\.v_lin
                 (r"^transformers\.(\d+)\.k_linear\.", r"heads.\1.key."), (r"^transformers\.(\d+)\.v_linear\.", r"heads.\1.value."),
                 (r"^transformers\.(\d+)\.norm_k\.", r"heads.\1.norm."))
 
+# %% ../../nbs/23_trx.ipynb #e55d9ff8
 @METHODS.register("trx")
 class TRX(FewShotModel):
     "Temporal-relational CrossTransformers (Perrett et al., CVPR 2021)."
@@ -131,19 +132,25 @@ class TRX(FewShotModel):
         self.positions = Positions(position_weight, dropout)
         self.heads = nn.ModuleList(TupleAttention(backbone.channels, n, width) for n in sizes)
 
-    def embed(self, clips: Tensor) -> Embedding:
-        "Frame features `frames` (V, T, C) and, for every cardinality, their projections."
-        frames = super().embed(clips)["frames"]
-        placed = self.positions(frames)
-        return {"frames": frames} | {name: x for head in self.heads for name, x in head.project(placed).items()}
+# %% ../../nbs/23_trx.ipynb #6ee4254a
+@extend(TRX)
+def embed(self: TRX, clips: Tensor) -> Embedding:
+    "Frame features `frames` (V, T, C) and, for every cardinality, their projections."
+    frames = super(TRX, self).embed(clips)["frames"]
+    placed = self.positions(frames)
+    return {"frames": frames} | {name: x for head in self.heads for name, x in head.project(placed).items()}
 
-    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-        "−scale · distance, averaged over the cardinalities (paper §3.3)."
-        slots, real = class_slots(labels, ways)
-        support = {name: by_class(x, slots) for name, x in support.items() if name != "frames"}
-        return -self.scale * sum(head.distance(query, support, real, self.chunk) for head in self.heads) / len(self.heads)
+@extend(TRX)
+def score(self: TRX, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+    "−scale · distance, averaged over the cardinalities (paper §3.3)."
+    slots, real = class_slots(labels, ways)
+    support = {name: by_class(x, slots) for name, x in support.items() if name != "frames"}
+    return -self.scale * sum(head.distance(query, support, real, self.chunk) for head in self.heads) / len(self.heads)
 
-    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-        parts = super().losses(episode, support, query, logits)
-        weight, value = parts["episode"]
-        return parts | {"episode": (weight * len(logits) if self.loss_sum else weight, value)}
+# %% ../../nbs/23_trx.ipynb #9b08e755
+@extend(TRX)
+def losses(self: TRX, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+    "The losses that all methods have; the episode's is summed over queries where released code is followed."
+    parts = super(TRX, self).losses(episode, support, query, logits)
+    weight, value = parts["episode"]
+    return parts | {"episode": (weight * len(logits) if self.loss_sum else weight, value)}
