@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kind', 'manifest', 'manifest_hash', 'prepare_data',
-           'prepare_rendered', 'noted', 'training_episodes', 'table_of', 'clips_of', 'validator', 'Tested',
-           'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command', 'git_state', 'versions',
-           'machine', 'peak_memory', 'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch',
-           'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim', 'clear', 'check_names', 'run',
-           'execute', 'render', 'evaluate_checkpoint', 'load_runs', 'compare_runs']
+           'prepare_rendered', 'noted', 'training_episodes', 'table_of', 'clips_of', 'model_for', 'validator', 'Tables',
+           'tables_of', 'Tested', 'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command',
+           'git_state', 'versions', 'machine', 'peak_memory', 'data_numbers', 'provenance', 'measured', 'selected_on',
+           'now', 'episode_batch', 'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim',
+           'check_kind', 'clear', 'check_names', 'run', 'produce', 'execute', 'render', 'evaluate_checkpoint',
+           'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -129,6 +130,13 @@ def clips_of(config: Config, data: Data, rows: Any, model: Any) -> Any:  # fsar.
     from fsar.episodes import VideoClips
     return VideoClips(data.store, rows, frames=model.clip_frames, transform=TestTransform(config.size))
 
+# %% ../nbs/41_experiments.ipynb #5c1e0d7a
+def model_for(config: Config, data: Data) -> Any:  # fsar.model.FewShotModel
+    "The model that a configuration asks for, with its first weights."
+    from fsar.model import create_model
+    return create_model(config.method, backbone=config.backbone, frames=config.frames, classes=len(data.store.classes("train")), weights=config.weights or None,
+                        options=config.options, sampler=config.sampler, seed=config.seed)
+
 # %% ../nbs/41_experiments.ipynb #40838864
 def validator(config: Config, data: Data, model: Any, device: Any, precision: str) -> Any:  # model → Result, or None
     "The evaluation that selects weights, or None where the configuration asks for none."
@@ -142,6 +150,21 @@ def validator(config: Config, data: Data, model: Any, device: Any, precision: st
     table = table_of(config, data, split, config.test_shots[0], config.val_episodes)
     return Evaluator(clips_of(config, data, table.rows, model), table, workers=config.workers, device=device, precision=precision)
 
+# %% ../nbs/41_experiments.ipynb #3f8b6c21
+@dataclass(frozen=True)
+class Tables:
+    "What is asked in a test."
+    tables: tuple[Any, ...]  # EpisodeTable for each number of shots
+    reversed: Any = None  # EpisodeTable of time-reversed pairs, or None
+    pairs: tuple[tuple[str, str], ...] = ()  # those pairs
+
+def tables_of(config: Config, data: Data) -> Tables:
+    "The episodes of all tests that `config` asks for."
+    split, count = config.test_split, config.test_episodes
+    pairs = tuple(p for p in data.partners if set(p) <= set(data.store.classes(split)))
+    two_way = table_of(config, data, split, config.test_shots[0], count, pairs) if pairs else None
+    return Tables(tuple(table_of(config, data, split, shots, count) for shots in config.test_shots), two_way, pairs)
+
 # %% ../nbs/41_experiments.ipynb #a6d79c54
 @dataclass(frozen=True)
 class Tested:
@@ -153,18 +176,18 @@ class Tested:
     clips: Any  # VideoClips
     embedding: Any  # Embedding of the clips
 
-def evaluate_model(model: Any, config: Config, data: Data, *, device: Any, precision: str, progress: bool = True) -> Tested:
+def evaluate_model(model: Any, config: Config, data: Data, *, device: Any, precision: str, asked: Tables | None = None,  # default: drawn here
+                   progress: bool = True) -> Tested:
     "Test `model` for every number of shots in `config.test_shots`."
     from fsar.evaluation import embed_videos, evaluate
     import numpy as np
-    split, count = config.test_split, config.test_episodes
-    tables = [table_of(config, data, split, shots, count) for shots in config.test_shots]
-    pairs = tuple(p for p in data.partners if set(p) <= set(data.store.classes(split)))
-    two_way = [table_of(config, data, split, config.test_shots[0], count, pairs)] if pairs else []
-    clips = clips_of(config, data, np.unique(np.concatenate([t.rows for t in tables + two_way])), model)
+    asked = asked or tables_of(config, data)
+    tables = [*asked.tables, *([asked.reversed] if asked.pairs else [])]
+    clips = clips_of(config, data, np.unique(np.concatenate([t.rows for t in tables])), model)
     embedding = embed_videos(model, clips, workers=config.workers, device=device, precision=precision, progress=progress)
-    results = [evaluate(model, embedding, t, row_to_position=clips.row_to_position, precision=precision, progress=progress) for t in tables + two_way]
-    return Tested(tuple(tables), tuple(results[:len(tables)]), results[-1] if pairs else None, pairs, clips, embedding)
+    results = [evaluate(model, embedding, t, row_to_position=clips.row_to_position, precision=precision, progress=progress) for t in tables]
+    shots = len(asked.tables)
+    return Tested(asked.tables, tuple(results[:shots]), results[-1] if asked.pairs else None, asked.pairs, clips, embedding)
 
 # %% ../nbs/41_experiments.ipynb #f2b6dcf6
 def numbers(result: Any) -> dict[str, Any]:
@@ -193,9 +216,9 @@ def save_results(tested: Tested, folder: str | Path) -> None:
         table.save(folder / f"{name}.episodes.safetensors")
 
 # %% ../nbs/41_experiments.ipynb #2c0e04ac
-def command(config: Config) -> str:
+def command(config: Config, *start: str) -> str:  # start: the command's first words, default 'fsar train'
     "The shell command that runs `config`: the fields that differ from their defaults as flags."
-    words = ["fsar", "train"]
+    words = list(start or ("fsar", "train"))
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         if value == field.default: continue
@@ -397,8 +420,16 @@ def claim(out: Path, config: Config, template: str, overwrite: bool) -> bool:  #
     if overwrite: return False
     if not (out / "run.json").exists(): return _remakes(out, config)
     state = read_json(out / "run.json")
+    check_kind(out, template)
     if (state["config_hash"], state["template"]) != (config.hash, template): raise FsarError(_other(out, state, config))
     return state["status"] == "finished" and (out / "metrics.json").exists()
+
+def check_kind(out: Path, template: str,
+               key: str = "",  # that metrics of this kind have, for a folder without its run's state
+               ) -> None:
+    "`FsarError` when another kind of report lies in `out`."
+    state, metrics = (read_json(out / name) if (out / name).exists() else {} for name in ("run.json", "metrics.json"))
+    if state.get("template", template) != template or key and metrics and key not in metrics: raise FsarError(f"{out} holds another kind of report: choose another --out")
 
 def _remakes(out: Path, config: Config) -> bool:  # False: begin
     "A report without its run's state, such as a published one, may be made again by its own configuration only."
@@ -462,13 +493,17 @@ def run(config: Config, *,
 
 # %% ../nbs/41_experiments.ipynb #cade78d3
 def _execute(source: Path, out: Path, config: Config, template: str, progress: bool) -> None:
-    "Execute the template into `out`, then render it; run.json says 'running' until everything is there."
-    state = dict(config=config.to_dict(), config_hash=config.hash, template=template, status="running", started=now())
+    "Make the report of a configuration."
     if (out / "run.json").exists() and progress: print(f"going on with the interrupted run in {out}", file=sys.stderr)
+    produce(source, out, config.to_dict(), dict(config=config.to_dict(), config_hash=config.hash, template=template), progress)
+
+def produce(source: Path, out: Path, parameters: Mapping[str, Any], state: Mapping[str, Any],  # what run.json says, beside status and times
+            progress: bool = True) -> None:
+    "Execute a template into `out`, then render it; run.json says 'running' until everything is there."
+    state, target = {**state, "status": "running", "started": now()}, out / f"{state['template']}.ipynb"
     write_json(out / "run.json", state)
     (out / "report.html").unlink(missing_ok=True)
-    target = out / f"{template}.ipynb"
-    execute(source, target, config.to_dict(), progress)
+    execute(source, target, parameters, progress)
     to_html(target, out / "report.html")
     write_json(out / "run.json", {**state, "status": "finished", "finished": now()})
 
@@ -505,7 +540,10 @@ def _checkpoint(place: str | Path) -> tuple[Path, dict[str, Any]]:
     place = Path(place)
     if not place.is_dir(): raise FsarError(f"no such folder: {place}. Name a run's output folder or a checkpoint's")
     home = next((p for p in (place, *place.absolute().parents[:2]) if (p / "run.json").is_file()), None)
-    if home == place: place = place / read_json(place / "metrics.json")["training"]["checkpoint"]
+    if home == place:
+        metrics = read_json(place / "metrics.json")
+        if "training" not in metrics: raise FsarError(f"{place} holds no single training: name the folder of a checkpoint, such as those in {place / 'checkpoints'}")
+        place = place / metrics["training"]["checkpoint"]
     return place, read_json(home / "run.json")["config"] if home else {}
 
 def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
@@ -539,6 +577,7 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:  # fo
         if not (folder / "metrics.json").is_file(): raise FsarError(f"{folder} holds no finished run: it has no metrics.json")
         if folder.name in runs: raise FsarError(f"two of the runs have the name {folder.name!r}")
         runs[folder.name] = read_json(folder / "metrics.json")
+        if "training" not in runs[folder.name]: raise FsarError(f"{folder} holds a report of another kind than a run's")
         runs[folder.name]["tested"] = [Result.from_dict(read_json(f)) for f in sorted((folder / "results").glob("*.json"))]
     first, *others = runs
     asked = {name: [r.table_hash for r in run["tested"]] for name, run in runs.items()}

@@ -6,7 +6,7 @@
 __all__ = ['Field', 'SHAPES', 'PATTERNS', 'Colour', 'States', 'CLASSES', 'TOUCH', 'BACKGROUNDS', 'PRESETS', 'Draws', 'cos_sin',
            'Look', 'draw_look', 'Body', 'paint', 'Motion', 'pairs', 'split_classes', 'MotionsConfig', 'find_class',
            'schedule', 'Stage', 'draw_stage', 'put', 'value_noise', 'shake_path', 'background', 'distractor', 'film',
-           'render', 'film_strip', 'videos', 'render_dataset', 'contact_sheet']
+           'render', 'film_strip', 'videos', 'start_worker', 'render_dataset', 'contact_sheet']
 
 # %% ../nbs/03_motions.ipynb #3d160733
 import functools, math, multiprocessing, os, signal, sys, threading, zlib
@@ -531,7 +531,7 @@ def _produce(root: Path, config: MotionsConfig, video: tuple[str, int]) -> str:
     if not path.exists(): write_video(path, frames, fps=config.fps)
     return sha256_arrays(frames)
 
-def _start_worker() -> None:
+def start_worker() -> None:
     "A worker leaves Ctrl-C to its parent, and ends when its parent has been killed."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -543,7 +543,7 @@ def _produce_all(root: Path, config: MotionsConfig, workers: int) -> Iterator[st
     if workers <= 1:
         yield from map(produce, videos(config)); return
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
             yield from pool.map(produce, videos(config), chunksize=8)
     except BrokenProcessPool as e:
         raise FsarError("a worker process of render_dataset ended unexpectedly. In a script, call it under "
