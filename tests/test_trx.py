@@ -101,7 +101,7 @@ def test_positions_dropout_and_the_parts_that_a_test_does_not_see():
 
 
 def test_the_released_loss_is_summed_over_queries():
-    paper, released = (create_model("trx", backbone="resnet_micro", options={"variant": v, "dropout": 0.0, "class_loss": 0.0}, seed=1).train() for v in ("paper", "released"))
+    paper, released = (create_model("trx", backbone="resnet_micro", options={"variant": v, "dropout": 0.0, "class_loss": 0.0, "pixels": "backbone"}, seed=1).train() for v in ("paper", "released"))
     a, b = paper(batch()).loss, released(batch()).loss
     assert torch.allclose(6 * a, b, rtol=1e-5)
     assert create_model("trx", backbone="resnet_micro", classes=5, options={"variant": "released"}).classifier is None

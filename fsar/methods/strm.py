@@ -110,13 +110,14 @@ STRM_LAYOUT = (*((rf"^attn_pat\.{theirs}\.", f"patch.{ours}.") for theirs, ours 
 
 # %% ../../nbs/25_strm.ipynb #76c63bf7
 RELEASED = {"gate": True, "scaled": False, "similarity": "euclidean", "query_class_scale": 1.0, "query_class_trained": False,
-            "query_class_at_test": True, "class_loss": 0.0}
+            "query_class_at_test": True, "class_loss": 0.0, "pixels": "unit"}
 
 @METHODS.register("strm")
 class STRM(FewShotModel):
     "Spatio-temporal relation modelling (Thatipelli et al., CVPR 2022)."
     variants = {"paper": {}, "released": RELEASED}
-    released_layout = RESNET_LAYOUT + STRM_LAYOUT + HEADS_LAYOUT  # a checkpoint does not hold query_class.weight (W_cls) nor a class-label classifier
+    released_layout = RESNET_LAYOUT + STRM_LAYOUT + HEADS_LAYOUT
+    released_lacks = (*FewShotModel.released_lacks, r"query_class\.weight")  # W_cls, which the authors' code does not save; nor a class-label classifier
     least_frames = 2
 
     def __init__(self, backbone: Backbone, *, patch: bool = True, frame: bool = True, query_class: bool = True,  # parts that can be left out

@@ -116,8 +116,8 @@ HEADS_LAYOUT = ((r"^transformers\.\d+\.(norm_v|pe)\..*|^transformers\.\d+\.v_lin
 @METHODS.register("trx")
 class TRX(FewShotModel):
     "Temporal-relational CrossTransformers (Perrett et al., CVPR 2021)."
-    variants = {"paper": {}, "released": {"loss_sum": True, "class_loss": 0.0}}
-    released_layout = RESNET_LAYOUT + HEADS_LAYOUT  # the rules one after the other; a checkpoint holds all of ours but a class-label classifier
+    variants = {"paper": {}, "released": {"loss_sum": True, "class_loss": 0.0, "pixels": "unit"}}
+    released_layout = RESNET_LAYOUT + HEADS_LAYOUT  # a checkpoint holds all of ours but a class-label classifier
 
     def __init__(self, backbone: Backbone, *, cardinalities: str = "2,3",  # Ω: any of 1, 2, 3, 4
                  width: int = 1152,  # d, of keys and values
