@@ -84,7 +84,8 @@ def like(embedding: Embedding, fake: bool) -> Embedding:
 def forms() -> list[tuple[str, str]]:  # method, sampler
     "All there is to be measured."
     load_methods()
-    return [(method, sampler) for sampler in ("", *sorted(SAMPLERS)) for method in sorted(METHODS)]
+    samples = lambda method, sampler: sampler and issubclass(METHODS[method], SAMPLERS[sampler])  # it chooses by itself, such as VIM
+    return [(method, sampler) for sampler in ("", *sorted(SAMPLERS)) for method in sorted(METHODS) if not samples(method, sampler)]
 
 def all_sizes(**settings: Any) -> list[dict[str, Any]]:  # see model_size
     "The size of every form."
