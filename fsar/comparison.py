@@ -7,9 +7,9 @@ __all__ = ['BY_ROW', 'BASE', 'TEMPLATE', 'Row', 'parse_row', 'check_rows', 'pars
            'checkpoints', 'questions', 'run_job', 'attempt', 'fail', 'misfits', 'check_places', 'finished',
            'in_processes', 'torch_threads', 'run_jobs', 'load_results', 'answers', 'row_numbers', 't_quantile',
            'Difference', 'difference', 'collect', 'by_test', 'row_metrics', 'differences', 'reference_of', 'command',
-           'measured', 'origins', 'headline', 'answer_table', 'difference_table', 'setup_table', 'table_note', 'origin',
-           'dots', 'methods_figure', 'pairs_figure', 'differences_figure', 'question', 'failures', 'named', 'shown',
-           'time_direction', 'limits', 'parameters', 'claim', 'compare_methods']
+           'start_of', 'measured', 'origins', 'headline', 'answer_table', 'difference_table', 'setup_table',
+           'table_note', 'origin', 'dots', 'methods_figure', 'pairs_figure', 'differences_figure', 'question',
+           'failures', 'named', 'shown', 'time_direction', 'limits', 'parameters', 'claim', 'compare_methods']
 
 # %% ../nbs/42_comparison.ipynb #3d71708f
 import contextlib, functools, multiprocessing, multiprocessing.connection, re, shutil, sys, time, traceback
@@ -368,13 +368,22 @@ def command(base: Config, rows: Sequence[Row], seeds: Sequence[int], reference: 
     extra = [word for flag, value, usual in (("--reference", reference, ""), ("--processes", processes, 1), ("--threads", threads, 1)) if value != usual for word in (flag, str(value))]
     return experiments.command(base.replace(**{f.name: f.default for f in fields(Config) if f.name in BY_ROW}), "fsar", "compare", "--runs", *texts, "--seeds", *map(str, seeds), *extra)
 
+# %% ../nbs/42_comparison.ipynb #757da8f0
+def start_of(weights: str  # as in Config.weights
+             ) -> dict[str, Any] | None:
+    "What the rows' starting weights were trained as, where they are a checkpoint of this library; None for any others."
+    from fsar.checkpoints import verified
+    if not weights or not Path(weights).is_dir(): return None
+    record = verified(weights)
+    return {"method": record["model"]["method"], "episodes": record.get("training", {}).get("settings", {}).get("episodes"), "weights": record["files"]["model.safetensors"]}
+
 # %% ../nbs/42_comparison.ipynb #abde6255
 def measured(base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", processes: int = 1, threads: int = 1) -> dict[str, Any]:
     "Everything that metrics.json holds."
     out, reference, jobs = Path(base.out), reference_of(rows, reference), jobs_of(base, rows, seeds)
     found = collect(out, jobs)
     config = {name: value for name, value in base.to_dict().items() if name in BASE}
-    metrics = {"config": config, "seeds": list(seeds), "reference": reference, "data": experiments.data_numbers(data), "selected_on": experiments.selected_on(base),
+    metrics = {"config": config, "seeds": list(seeds), "reference": reference, "data": experiments.data_numbers(data), "selected_on": experiments.selected_on(base), "start": start_of(base.weights),
                "rows": {row.label: row_metrics(row, out, [j for j in jobs if j.label == row.label], found[row.label]) for row in rows}}
     metrics |= {"differences": differences(found, reference), "command": command(base, rows, seeds, reference if reference != rows[0].label else "", processes, threads)}
     return {"headline": headline(metrics)} | metrics | origins(data, {f"{label}-{seed}": record for label, runs in found.items() for seed, (record, _) in runs.items()})
@@ -561,6 +570,9 @@ def limits(metrics: Mapping[str, Any]) -> list[str]:
     r = next(row["results"][0] for row in metrics["rows"].values() if row["results"])
     said = [f"One recipe for all ({c['optimizer']}, learning rate {c['lr']:g}, {c['episodes']:,} episodes), tuned for none of the rows here; another recipe may change their order. "
             + (f"The backbone {c['backbone']} starts from scratch" if not c["weights"] else f"The backbone {c['backbone']} starts from {c['weights']}") + "; published numbers rest on ImageNet weights, a ResNet-50 and thousands to tens of thousands of episodes."]
+    start = metrics["start"]
+    if start: said.append(f"All rows start from one backbone, trained before on the same base classes as `{start['method']}`" + (f" over {start['episodes']:,} episodes" if start["episodes"] else "")
+                          + f". A row of {start['method']} is thereby simply trained longer, and methods that compare frames as it does may gain most from it; the seeds share that backbone, so their spread does not count its luck.")
     if seeds == 1: said.append("One seed each: how much trainings vary is not counted at all.")
     else: said.append(f"{seeds} seeds: a spread estimated from {seeds} trainings is rough, and the interval over seeds is {t_quantile(seeds - 1) / seeds ** 0.5:.1f} standard deviations to either side for that reason.")
     said.append(f"The ± beside an accuracy covers the draw of {r['episodes']:,} episodes from {data['videos'][r['split']]:,} videos of {len(data['classes'][r['split']])} classes. It says nothing of other videos, other classes or other seeds.")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Embedding', 'METHODS', 'SAMPLERS', 'PIXELS', 'POSITIONS', 'class_weights', 'class_mean', 'sinusoids',
            'steep_sinusoids', 'Attention', 'interpolation', 'class_slots', 'by_class', 'Output', 'widened',
-           'FewShotModel', 'MatchingModel', 'load_methods', 'method_options', 'keywords_of', 'parse_options',
-           'create_model']
+           'FewShotModel', 'translated', 'MatchingModel', 'load_methods', 'method_options', 'keywords_of',
+           'parse_options', 'create_model']
 
 # %% ../nbs/12_model.ipynb #05970cbc
-import importlib, inspect, itertools, math, pkgutil, typing
+import importlib, inspect, itertools, math, pkgutil, re, typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -201,6 +201,14 @@ class FewShotModel(nn.Module):
         features = torch.cat([self.class_features(support), self.class_features(query)])
         labels = episode.class_ids[torch.cat([episode.support_labels, episode.query_labels])]
         return F.cross_entropy(self.classifier(features).float(), labels)
+
+# %% ../nbs/12_model.ipynb #5808cc6f
+def translated(name: str, layout: Sequence[tuple[str, str]]) -> str | None:
+    "Our name for a name of the authors', by the first pattern that its beginning matches; None when none does."
+    name = re.sub(r"(^|(?<=\.))module\.", "", name)
+    for pattern, replacement in layout:
+        if found := re.match(pattern, name): return found.expand(replacement) + name[found.end():]
+    return None
 
 # %% ../nbs/12_model.ipynb #f56fb633
 class MatchingModel(FewShotModel):

@@ -1,6 +1,5 @@
 """HyRSM's equations written again as loops in float64, its switches, its errors, and the names of the authors' checkpoints."""
 import math
-import re
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from fsar.core import FsarError, torch_seed
 from fsar.episodes import EpisodeBatch
 from fsar.matching import MATCHERS
 from fsar.methods.hyrsm import FrameRelation, HyRSM, TaskRelation, coherence, shifted_self_similarity, shifted_similarity
-from fsar.model import create_model, parse_options, sinusoids, steep_sinusoids
+from fsar.model import create_model, parse_options, sinusoids, steep_sinusoids, translated
 
 
 def make(variant="paper", classes=12, backbone="resnet_micro", **options) -> HyRSM:
@@ -230,7 +229,5 @@ def test_released_names_become_ours():
     model, found = make("released", backbone="resnet18"), {}
     for prefix in ("head.", "module.head.", ""):
         for name, shape in theirs.items():
-            name = prefix + name
-            for pattern, replacement in HyRSM.released_layout: name = re.sub(pattern, replacement, name)
-            found[name] = tuple(shape)
+            found[translated(prefix + name, HyRSM.released_layout)] = tuple(shape)
         assert found == {k: tuple(v.shape) for k, v in model.state_dict().items()}

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fsar.core import FsarError, torch_seed
 from fsar.methods.strm import STRM, FrameEnrichment, PatchEnrichment, QueryClass, frame_patches
-from fsar.model import create_model, sinusoids
+from fsar.model import create_model, sinusoids, translated
 from test_methods import batch, pixels, rows
-from test_trx import head_distance, renamed
+from test_trx import head_distance
 
 
 def make(variant: str = "paper", frames: int = 8, **options):
@@ -198,9 +198,9 @@ def test_names_of_released_checkpoints_become_ours():
               "module.transformers.0.v_linear.weight": "heads.0.value.weight", "transformers.0.norm_k.bias": "heads.0.norm.bias"}
     own = model.state_dict()
     for name, expected in theirs.items():
-        assert renamed(name, STRM.released_layout) == expected and expected in own
+        assert translated(name, STRM.released_layout) == expected and expected in own
     for name in ("attn_pat.module.pe.pe", "fr_enrich.module.pe.pe", "attn_pat.key_proj.bias", "transformers.0.pe.pe", "transformers.0.norm_v.weight", "transformers.0.v_linear.bias"):
-        assert renamed(name, STRM.released_layout) == ""
+        assert translated(name, STRM.released_layout) == ""
     reached = {re.sub(r"\.(weight|bias)$", "", name) for name in theirs.values()}
     missing = {n for n, _ in model.named_parameters() if re.sub(r"\.(weight|bias)$", "", n) not in reached and not n.startswith("backbone")}
     assert missing == set()                                                                    # W_cls, the one thing of ours that they lack, is a buffer here

@@ -7,7 +7,7 @@ import torch
 
 from fsar.core import FsarError, torch_seed
 from fsar.methods.trx import TRX, TupleAttention, add_slots, parse_cardinalities, project_slots
-from fsar.model import create_model, sinusoids
+from fsar.model import create_model, sinusoids, translated
 from test_methods import batch, pixels, rows
 
 
@@ -132,15 +132,10 @@ def theirs(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def renamed(name: str, layout) -> str:
-    for pattern, replacement in layout: name = re.sub(pattern, replacement, name)
-    return name
-
-
 def test_names_of_released_checkpoints_become_ours():
     model = create_model("trx", backbone="resnet18", options={"variant": "released"})
-    state = {renamed(k, TRX.released_layout): x for k, x in theirs(model).items()}
+    state = {translated(k, TRX.released_layout): x for k, x in theirs(model).items()}
     state.pop("")
     model.load_state_dict(state)                                                              # every name and shape, none left over
-    assert renamed("module.resnet.module.7.1.conv2.weight", TRX.released_layout) == "backbone.body.layer4.1.conv2.weight"
+    assert translated("module.resnet.module.7.1.conv2.weight", TRX.released_layout) == "backbone.body.layer4.1.conv2.weight"
     assert model.heads[1].key.weight.shape == (1152, 3 * 512)                                 # concatenated tuples, as in the checkpoint

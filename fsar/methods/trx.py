@@ -15,7 +15,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones import Backbone
+from ..backbones import Backbone, numbered_resnet
 from ..core import FsarError, extend
 from ..episodes import EpisodeBatch
 from ..model import METHODS, Embedding, FewShotModel, by_class, class_slots, sinusoids
@@ -104,10 +104,7 @@ def parse_cardinalities(text: str  # such as "2,3"
     return tuple(found)
 
 # %% ../../nbs/23_trx.ipynb #8fcedf6f
-RESNET_LAYOUT = ((r"(?<![^.])module\.", ""),  # of DataParallel, anywhere in a name
-                 (r"^resnet\.0\.", "backbone.body.conv1."), (r"^resnet\.1\.", "backbone.body.bn1."),
-                 *((rf"^resnet\.{child}\.", f"backbone.body.layer{child - 3}.") for child in (4, 5, 6, 7)))
-
+RESNET_LAYOUT = numbered_resnet(r"resnet\.")
 HEADS_LAYOUT = ((r"^transformers\.\d+\.(norm_v|pe)\..*|^transformers\.\d+\.v_linear\.bias$", ""),  # no part in any logit: an empty name is one that we do not have
                 (r"^transformers\.(\d+)\.k_linear\.", r"heads.\1.key."), (r"^transformers\.(\d+)\.v_linear\.", r"heads.\1.value."),
                 (r"^transformers\.(\d+)\.norm_k\.", r"heads.\1.norm."))
