@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import experiments
-from .config import PLACES, Config
+from .config import Config, differing
 from .core import FsarError, nearest, read_json, resource, sha256_file, track, write_json, writing
 from .motions import start_worker
 from .reports import duration, percent
@@ -143,8 +143,8 @@ def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: ex
     from fsar.training import training_settings
     file, state, found = record_file(out, job), checkpoints(out, job) / "last" / "model.json", {}
     if file.exists():
-        record, ours = read_json(file), job.config.to_dict()
-        odd = [k for k in ours if k not in PLACES and record["config"].get(k) != ours[k]] if record["config_hash"] != job.config.hash else []
+        record = read_json(file)
+        odd = differing(record["config"], job.config)
         if not odd and asked and record["status"] == "finished" and record["episodes"] != {name: t.hash for name, t in questions(asked).items()}: odd = ["test episodes"]
         if odd: found[file] = _listed(odd)
     if state.exists():
@@ -593,8 +593,7 @@ def claim(out: Path, base: Config, jobs: Sequence[Job], asked_for: Mapping[str, 
     state = read_json(out / "run.json") if (out / "run.json").exists() else {}
     metrics = read_json(out / "metrics.json") if (out / "metrics.json").exists() else {}
     experiments.check_kind(out, TEMPLATE, "rows")
-    theirs, ours = state.get("config") or metrics.get("config") or {}, base.to_dict()
-    odd = [k for k in BASE if k not in PLACES and theirs and {**Config().to_dict(), **theirs}[k] != ours[k]]  # a field added since then: its default
+    odd = [k for k in differing(state.get("config") or metrics.get("config") or base.to_dict(), base) if k in BASE]
     if odd: raise FsarError(f"{out} holds a comparison under another configuration ({_listed(odd)} differ): choose another --out, or --overwrite to replace it")
     check_places(out, jobs)
     same = {k: state.get(k) for k in asked_for} == dict(asked_for)

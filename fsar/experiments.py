@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsar
-from .config import PLACES, Config
+from .config import Config, differing
 from .core import FsarError, cache_dir, nearest, read_json, resource, sha256_file, sha256_json, write_json, writing
 
 # %% ../nbs/41_experiments.ipynb #ec2dd88d
@@ -421,7 +421,7 @@ def claim(out: Path, config: Config, template: str, overwrite: bool) -> bool:  #
     if not (out / "run.json").exists(): return _remakes(out, config)
     state = read_json(out / "run.json")
     check_kind(out, template)
-    if (state["config_hash"], state["template"]) != (config.hash, template): raise FsarError(_other(out, state, config))
+    if differing(state["config"], config) or state["template"] != template: raise FsarError(_other(out, state, config))
     return state["status"] == "finished" and (out / "metrics.json").exists()
 
 def check_kind(out: Path, template: str,
@@ -434,16 +434,16 @@ def check_kind(out: Path, template: str,
 def _remakes(out: Path, config: Config) -> bool:  # False: begin
     "A report without its run's state, such as a published one, may be made again by its own configuration only."
     if (out / "metrics.json").exists():
-        theirs, ours = {**Config().to_dict(), **read_json(out / "metrics.json").get("config", {})}, config.to_dict()  # a field added since then: its default
-        changed = [k for k in ours if k not in PLACES and theirs.get(k) != ours[k]]
+        stored = read_json(out / "metrics.json")
+        changed = differing(stored["config"], config) if "config" in stored else ["kind"]
         if changed: raise FsarError(f"{out} holds a report of another configuration ({', '.join(changed[:4])}{', …' if len(changed) > 4 else ''} differ): "
                                     "choose another --out, or --overwrite to replace it")
     return False
 
 def _other(out: Path, state: Mapping[str, Any], config: Config) -> str:
     "The message for a folder that holds another configuration's run: what differs."
-    before, now = state["config"], config.to_dict()
-    changed = [f"{k} {before.get(k)!r} → {now[k]!r}" for k in now if before.get(k) != now[k] and k != "out"] or [f"template {state['template']!r}"]
+    before, now = {**Config().to_dict(), **state["config"]}, config.to_dict()
+    changed = [f"{k} {before.get(k)!r} → {now[k]!r}" for k in differing(before, config)] or [f"template {state['template']!r}"]
     return (f"{out} holds {'a finished' if state['status'] == 'finished' else 'an unfinished'} run of another configuration ({', '.join(changed[:4])}"
             f"{', …' if len(changed) > 4 else ''}): choose another --out, or --overwrite to replace it")
 

@@ -266,7 +266,8 @@ def training_settings(config: Config, episodes: Dataset) -> dict[str, Any]:
     return {**{k: v for k, v in config.to_dict().items() if k not in PLACES | skip}, "data": data}
 
 def _check_settings(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    "`FsarError` naming what differs between the training in `out` and this one."
+    "`FsarError` naming what differs between the training in `out` and this one; a setting newer than that training counts there with its default."
+    theirs = {**{k: v for k, v in Config().to_dict().items() if k in ours}, **theirs}
     odd = [k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)]
     if odd:
         listed = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(odd)[:5])

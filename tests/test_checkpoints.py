@@ -54,7 +54,7 @@ def test_every_method_comes_back_the_same(method, tmp_path):
     model = small(method, seed=3)
     save_model(tmp_path / "one", model, {"classes": ["a", "ß"]})
     again = load_model(tmp_path / "one", expect_method=method)
-    clips = torch.randint(256, (3, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clips = torch.randint(256, (3, model.clip_frames, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): before, after = model.embed(clips), again.embed(clips)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert not again.training and again.config == model.config

@@ -92,7 +92,7 @@ def test_half_precision_embeds_to_float32():
 @pytest.mark.parametrize("method", sorted(load_methods()))
 def test_batches_equal_an_episode_at_a_time(method, shots):
     model = create_model(method, backbone="resnet_micro", frames=4).eval()
-    embedding = embed_videos(model, Pixels(ROWS), progress=False)
+    embedding = embed_videos(model, Pixels(ROWS, model.clip_frames), progress=False)
     table = make_table(30, shots=shots)
     predicted = predict_episodes(model, embedding, table, row_to_position=ROWS)
     for e in range(len(table)):
@@ -250,7 +250,7 @@ def test_broken_weights_are_noticed_while_embedding():
 def test_a_gpu_gives_the_same_answers(method):
     model, table, found = create_model(method, backbone="resnet_micro", frames=4), make_table(200, shots=(1, 3)), {}
     for device in ("cpu", "cuda"):
-        embedding = embed_videos(model, Pixels(ROWS), device=device, progress=False)
+        embedding = embed_videos(model, Pixels(ROWS, model.clip_frames), device=device, progress=False)
         assert all(x.device.type == device for x in embedding.values())
         found[device] = evaluate(model, embedding, table, row_to_position=ROWS).accuracy
     assert found["cpu"] == pytest.approx(found["cuda"], abs=0.02)

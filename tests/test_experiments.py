@@ -216,6 +216,19 @@ def test_evaluating_what_is_no_checkpoint(tmp_path, place, words):
     with pytest.raises(FsarError, match=words): experiments.evaluate_checkpoint(tmp_path / place, {})
 
 
+def test_a_run_from_before_a_field_existed_is_still_its_own(tmp_path):
+    config = Config(method="protonet", out=str(tmp_path))
+    older = {k: v for k, v in config.to_dict().items() if k != "sampler"}
+    for status, reused in (("finished", True), ("running", False)):
+        write_json(tmp_path / "run.json", dict(config=older, config_hash="of another set of fields", template="train", status=status))
+        write_json(tmp_path / "metrics.json", {"config": older})
+        assert experiments.claim(tmp_path, config, "train", False) is reused
+    with pytest.raises(FsarError, match=r"an unfinished run of another configuration \(sampler '' → 'vim'\)"): experiments.claim(tmp_path, config.replace(sampler="vim"), "train", False)
+    (tmp_path / "run.json").unlink()
+    assert experiments.claim(tmp_path, config, "train", False) is False
+    with pytest.raises(FsarError, match="sampler differ"): experiments.claim(tmp_path, config.replace(sampler="vim"), "train", False)
+
+
 def test_importing_experiments_is_light():
     assert subprocess.run([sys.executable, "-c", "import sys, fsar.experiments; sys.exit('torch' in sys.modules)"]).returncode == 0
 

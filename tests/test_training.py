@@ -23,7 +23,7 @@ from fsar.config import Config
 from fsar.core import FsarError, generator, sha256_file, torch_seed
 from fsar.episodes import EpisodeBatch
 from fsar.model import METHODS, create_model, load_methods
-from fsar.training import (SCHEDULES, MetricsLog, choose_device, choose_precision, is_due, learning_rate, make_optimizer, prepare_run, run_step,
+from fsar.training import (_check_settings, SCHEDULES, MetricsLog, choose_device, choose_precision, is_due, learning_rate, make_optimizer, prepare_run, run_step,
                            train)
 
 from test_checkpoints import small_disk
@@ -181,6 +181,12 @@ def test_finished_is_reused_at_once(reference):
     assert len(again.history) == 12
 
 
+def test_a_setting_newer_than_a_training_counts_there_with_its_default():
+    ours = {"lr": 0.1, "sampler": "", "data": "hash"}
+    _check_settings(Path("out"), {"lr": 0.1, "data": "hash"}, ours)
+    with pytest.raises(FsarError, match=r"sampler: '' there, 'vim' here"): _check_settings(Path("out"), {"lr": 0.1, "data": "hash"}, ours | {"sampler": "vim"})
+
+
 def test_settings_of_another_training_are_refused(reference):
     out, _ = reference
     with pytest.raises(FsarError, match=r"holds a training with other settings \(lr: 0.005 there, 0.1 here\)"): run(out, settings(lr=0.1))
@@ -261,7 +267,7 @@ def test_every_method_resumes_exactly(method, precision, tmp_path):
     "With its own dropout and normalisation, from a checkpoint in the middle."
     config = settings(method=method, frames=3, size=16, short_side=16, episodes=3, tasks_per_step=1, validate_every=0, precision=precision, optimizer="adam")
     new = lambda: create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
-    episodes = Episodes(frames=3, size=16, ways=2, queries=1)
+    episodes = Episodes(frames=new().clip_frames, size=16, ways=2, queries=1)
     run(tmp_path / "straight", config, new(), episodes, None)
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "broken", config, new(), episodes, None, on_step=ctrl_c(2), save_seconds=0)
     run(tmp_path / "broken", config, new(), episodes, None)
