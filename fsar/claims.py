@@ -133,8 +133,8 @@ def by_branch(model: FewShotModel,  # with `branches`, as MoLo's
     finally: model.branches = every
     return found
 
-# %% ../nbs/43_claims.ipynb #34c5caa1
-ROWS = ("protonet", "trx", "trx-single", "strm", "molo", "ta2n", "ta2n-plain", "sampler-protonet", "vim")  # labels of the comparison that the template asks for
+# %% ../nbs/43_claims.ipynb #3ce32b43
+ROWS = ("protonet", "trx", "trx-single", "strm", "molo", "ta2n", "ta2n-ordered", "ta2n-plain", "sampler-protonet", "vim")  # labels of the comparison that the template asks for
 
 def trained(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShotModel]]]:  # its configuration, label → seed → model
     "The models of a finished comparison; `FsarError` names the row or the checkpoint that is missing."

@@ -95,12 +95,12 @@ def test_refusals(tmp_path, capsys):
 def test_the_whole_report_from_a_small_comparison(tmp_path):
     "Untrained enough to be quick; every figure, table and sentence of the template is made."
     from fsar.comparison import compare_methods
-    rows = ["protonet", "trx", "trx-single: trx cardinalities=1", "strm", "molo redraw=4", "ta2n", "ta2n-plain: ta2n transform=false rearrange=false coordinate=false",
+    rows = ["protonet", "trx", "trx-single: trx cardinalities=1", "strm", "molo redraw=4", "ta2n", "ta2n-ordered: ta2n rearrange=false", "ta2n-plain: ta2n transform=false rearrange=false coordinate=false",
             "sampler-protonet: protonet sampler=vim", "vim"]
     base = Config(episodes=1, queries=1, size=32, short_side=36, frames=4, validate_every=0, protocol="last", precision="fp32", test_episodes=2, test_queries=1, test_shots=(1,), out=str(tmp_path / "methods"))
     compare_methods(base, rows, seeds=[0], progress=False)
     metrics = claims.claims_report(tmp_path / "methods", tmp_path / "claims", levels=[0.0, 1.0], episodes=2, progress=False)
-    assert set(metrics["gains"]) == {"TA2N's alignment", "the sampler before ProtoNet", "sampler and alignment (VIM)"} and set(metrics["dial"]) == {"ta2n", "ta2n-plain", "sampler-protonet", "protonet", "vim"}
+    assert set(metrics["gains"]) == {"TA2N's alignment", "TA2N without its rearrangement", "the sampler before ProtoNet", "sampler and alignment (VIM)"} and set(metrics["dial"]) == {"ta2n", "ta2n-ordered", "ta2n-plain", "sampler-protonet", "protonet", "vim"}
     assert {p.name for p in (tmp_path / "claims" / "figures").iterdir()} == {"misalignment.png", "sampler.png", "order.png"}
     page = (tmp_path / "claims" / "report.html").read_text()
     assert "What this does not show" in page and "fsar claims --methods" in page and read_json(tmp_path / "claims" / "run.json")["status"] == "finished"
