@@ -91,7 +91,7 @@ def test_fitting_lowers_the_loss_of_the_supports(head, tune):
 @forms
 def test_zero_steps_are_the_nearest_prototype(head, tune):
     support, query, labels = frames_of(7), frames_of(9, seed=1), torch.tensor([0, 1, 2, 0, 1, 2, -1])
-    logits = make(head=head, tune=tune, steps=0).double().eval().score({"frames": support}, labels, {"frames": query}, 3)
+    logits = make(head=head, tune=tune, steps=0, stretches=4).double().eval().score({"frames": support}, labels, {"frames": query}, 3)
     x, asked = unit(stretched(support, 4)), unit(stretched(query, 4))
     prototypes = torch.stack([x[labels == n].mean(0) for n in range(3)])
     wanted = asked @ unit(prototypes).T if head == "cosine" else -(asked[:, None] - prototypes).square().sum(-1) / 2
@@ -128,7 +128,7 @@ def test_one_loss_only_and_every_parameter_learns(options, classes, part):
 
 
 def test_the_class_loss_is_of_scaled_cosines():
-    model, task = make(scale=4.0).train(), batch()
+    model, task = make(scale=4.0, stretches=4).train(), batch()
     out = model(task)
     x, w = stretched(model.embed(task.clips)["frames"].double(), 4), model.classifier.weight.double()
     labels = task.class_ids[torch.cat([task.support_labels, task.query_labels])]
