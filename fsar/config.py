@@ -91,12 +91,6 @@ class Config:
 
 PLACES = {"out", "store", "workers"}  # where and how, not what
 
-def differing(theirs: Mapping[str, Any],  # a configuration that was stored, perhaps by an earlier version
-              ours: Config) -> list[str]:
-    "The fields that decide numbers and differ; a field that is newer than the stored configuration counts there with its default."
-    known = {**Config().to_dict(), **theirs}
-    return [k for k, v in ours.to_dict().items() if k not in PLACES and known[k] != v]
-
 # %% ../nbs/07_config.ipynb #14323a2f
 def _known(name: str) -> str:
     "`name` if it is a field, else an error that names the nearest."
@@ -137,3 +131,10 @@ def _check(c: Config) -> None:
         if not low <= getattr(c, name) <= high: raise FsarError(f"configuration key {name!r} must lie between {low:g} and {high:g}, got {getattr(c, name)}")
     if not c.test_shots or min(c.test_shots) < 1: raise FsarError(f"configuration key 'test_shots' wants one or more numbers from 1 up, got {list(c.test_shots)}")
     if c.size > c.short_side: raise FsarError(f"configuration key 'size' ({c.size}) is larger than the stored frames ('short_side' {c.short_side})")
+
+# %% ../nbs/07_config.ipynb #b9218daf
+def differing(theirs: Mapping[str, Any],  # a configuration that was stored, perhaps by an earlier version
+              ours: Config) -> list[str]:
+    "The fields that decide numbers and differ; a field that is newer than the stored configuration counts there with its default."
+    known = {**Config().to_dict(), **theirs}
+    return [k for k, v in ours.to_dict().items() if k not in PLACES and known[k] != v]
