@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Embedding', 'METHODS', 'SAMPLERS', 'PIXELS', 'POSITIONS', 'class_weights', 'class_mean', 'sinusoids',
-           'steep_sinusoids', 'Attention', 'interpolation', 'class_slots', 'by_class', 'Output', 'widened',
-           'FewShotModel', 'translated', 'MatchingModel', 'load_methods', 'method_options', 'keywords_of',
+           'steep_sinusoids', 'Attention', 'interpolation', 'class_to_query', 'class_slots', 'by_class', 'Output',
+           'widened', 'FewShotModel', 'translated', 'MatchingModel', 'load_methods', 'method_options', 'keywords_of',
            'parse_options', 'create_model']
 
 # %% ../nbs/12_model.ipynb #05970cbc
@@ -88,6 +88,16 @@ def interpolation(positions: Tensor,  # (..., L) places to read, in units of the
     "The matrix of linear interpolation."
     distance = positions.clamp(0, length - 1)[..., None] - torch.arange(length, device=positions.device, dtype=positions.dtype)
     return (1 - distance.abs()).relu()
+
+# %% ../nbs/12_model.ipynb #8e4a9180
+def class_to_query(logits: Tensor,  # (Q, N)
+                   labels: Tensor,  # (Q,)
+                   ) -> Tensor:  # scalar
+    "For every query: the cross-entropy of its class picking it among the queries of other classes."
+    fits = logits.mT[labels]                                                             # (Q, Q): row q, q's class against every query
+    rival = labels[:, None] != labels[None, :]
+    own = fits.diagonal()[:, None]
+    return (torch.logsumexp(torch.cat([own, fits.masked_fill(~rival, -torch.inf)], 1), 1) - own[:, 0]).mean()
 
 # %% ../nbs/12_model.ipynb #5ed7f51a
 def class_slots(labels: Tensor,  # (..., S) class of each support, −1 for padding

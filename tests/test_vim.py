@@ -7,8 +7,8 @@ import torch
 from fsar.core import torch_seed
 from fsar.methods.sampler import SampledModel
 from fsar.methods.ta2n import TA2N
-from fsar.methods.vim import class_to_query, info_nce
-from fsar.model import create_model, method_options
+from fsar.methods.vim import info_nce
+from fsar.model import class_to_query, create_model, method_options
 from test_methods import batch, cosine, make
 
 

@@ -19,7 +19,7 @@ from ..backbones import Backbone, numbered_resnet
 from ..core import FsarError, extend
 from ..episodes import EpisodeBatch
 from ..matching import bimhm, frame_similarity, otam
-from ..model import METHODS, POSITIONS, Attention, Embedding, FewShotModel, class_mean
+from ..model import METHODS, POSITIONS, Attention, Embedding, FewShotModel, class_mean, class_to_query
 
 # %% ../../nbs/24_molo.ipynb #1ecd830e
 class TokenTransformer(nn.Module):
@@ -58,12 +58,7 @@ def long_short_loss(query_token: Tensor, query_frames: Tensor,  # (Q, C), (Q, T,
                     ) -> Tensor:  # scalar
     "Long-short contrastive loss, both directions, averaged over queries (MoLo, equations 4 and 5)."
     long_to_short = F.cross_entropy(_log_affinity(query_token, class_frames, tau), labels)
-    affinity = _log_affinity(class_token, query_frames, tau)[labels]         # (Q, Q): row q is q's class token against every query
-    rival = labels[:, None] != labels[None, :]
-    own = affinity.diagonal()
-    rivals = affinity.masked_fill(~rival, float("-inf"))
-    short_to_long = torch.logsumexp(torch.cat([own[:, None], rivals], 1), 1) - own
-    return long_to_short + short_to_long.mean()
+    return long_to_short + class_to_query(_log_affinity(class_token, query_frames, tau).mT, labels)
 
 # %% ../../nbs/24_molo.ipynb #b89e80ed
 def prototype_loss(query_token: Tensor, query_frames: Tensor, class_token: Tensor, class_frames: Tensor, labels: Tensor,
