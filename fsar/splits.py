@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BENCHMARKS', 'Benchmark', 'Split', 'video_name', 'load_split', 'verify', 'LeakWarning', 'Leak', 'leaks',
-           'warn_leaks', 'SplitWarning', 'sources', 'folder_manifest', 'benchmark_manifest']
+           'warn_leaks', 'SplitWarning', 'sources', 'folder_manifest', 'benchmark_name', 'benchmark_manifest']
 
 # %% ../nbs/01_splits.ipynb #a0eb14d2
-import fnmatch, os, re, warnings
+import fnmatch, os, re, unicodedata, warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,11 @@ class Benchmark:
     origin: str                        # who drew the split
     source: str | None = None          # rule: file name → what the clip was cut from
     train_sizes: tuple[int, ...] = ()  # where papers disagree: training list cut after so many lines, the default first
+    clips: bool = False                # videos are named by YouTube id and, as a rule, start and end of the clip
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "kinetics100": Benchmark("Kinetics-100", "CMN (Zhu & Yang, ECCV 2018)"),
-    "kinetics100_molo": Benchmark("Kinetics-100", "CMN, vanished videos replaced by MoLo (Wang et al., CVPR 2023)"),
+    "kinetics100": Benchmark("Kinetics-100", "CMN (Zhu & Yang, ECCV 2018)", clips=True),
+    "kinetics100_molo": Benchmark("Kinetics-100", "CMN, vanished videos replaced by MoLo (Wang et al., CVPR 2023)", clips=True),
     "ssv2_full": Benchmark("SSv2-Full", "OTAM (Cao et al., CVPR 2020)", train_sizes=(67013, 77500)),
     "ssv2_small": Benchmark("SSv2-Small", "CMN (Zhu & Yang, ECCV 2018)"),
     "ucf101": Benchmark("UCF101", "ARN (Zhang et al., ECCV 2020)", source=r"v_(.+_g\d+)_c\d+$"),
@@ -249,45 +250,131 @@ def _manifest(rows: Sequence[tuple[str, str, str, str]], source: Sequence[str] |
     if len(twice): raise FsarError(f"two files of one name: {twice.path.iloc[0]} and {twice.path.iloc[1]}; rename or remove one")
     return table.assign(source=table.video if source is None else list(source))
 
-# %% ../nbs/01_splits.ipynb #d5cdaf57
-def _files_by_name(folder: Path) -> dict[str, list[str]]:
-    "Every video below `folder`, by file name without extension."
+# %% ../nbs/01_splits.ipynb #b3f55b93
+def benchmark_name(name: str) -> str | None:
+    "The key of `BENCHMARKS` that `name` means (`ssv2-full` for `ssv2_full`), or None."
+    key = name.lower().replace("-", "_")
+    return key if key in BENCHMARKS else None
+
+# %% ../nbs/01_splits.ipynb #fbb942f6
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    "Every folder below `folder` with the names of its files, sorted; names that begin with a dot are left out."
     if not folder.is_dir(): raise FsarError(f"no such folder: {folder}. Expected the benchmark's video files below it")
-    found: dict[str, list[str]] = {}
-    for where, folders, files in os.walk(folder):
-        folders.sort()
-        for f in sorted(files):
-            if _is_video(f): found.setdefault(_stem(f), []).append(os.path.join(where, f))
+    seen: set[tuple[int, int]] = set()
+    refused: list[OSError] = []
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=refused.append):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen: folders.clear(); continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield where, sorted(f for f in files if not f.startswith("."))
+    if refused: warnings.warn(SplitWarning(f"{len(refused)} folder(s) below {folder} cannot be read, e.g. {refused[0].filename}: {refused[0].strerror}"), stacklevel=2)
+
+# %% ../nbs/01_splits.ipynb #38d9c1c2
+_CLIP = re.compile(r"(.{11})_0*(\d+)_0*(\d+)$")  # YouTube id, start and end in seconds
+
+def _bare(file: str) -> str:
+    "A file name without its video extensions."
+    while (stem := _stem(file)) != file: file = stem
+    return file
+
+def _loose(name: str) -> str: return re.sub(r"[\W_]", "", unicodedata.normalize("NFC", name).casefold())
+
+def _clip(name: str) -> tuple[str, tuple[str, ...]]:
+    "YouTube id and times of a Kinetics clip's name; without times these are empty."
+    match = _CLIP.fullmatch(name)
+    return (match[1], match.groups()[1:]) if match else (name, ())
+
+# %% ../nbs/01_splits.ipynb #d7c3ef72
+@dataclass(frozen=True, eq=False)
+class _Files:
+    "The files below a folder."
+    root: Path
+    exact: dict[str, list[str]]  # bare name → paths
+    loose: dict[str, list[str]]  # letters and digits → paths
+    clips: dict[str, list[str]]  # YouTube id → paths
+    other: dict[str, str]        # bare name of what is no video's → its path
+
+def _files(folder: Path) -> _Files:
+    found = _Files(folder, {}, {}, {}, {})
+    for where, files in _walk(folder):
+        for file in files:
+            path, name = os.path.join(where, file), _bare(file)
+            if not _is_video(file) and os.path.splitext(file)[1]: found.other.setdefault(_bare(os.path.splitext(file)[0]), path); continue
+            for table, key in ((found.exact, name), (found.loose, _loose(name)), (found.clips, _clip(name)[0])): table.setdefault(key, []).append(path)
     return found
 
-def _find(video: str, class_name: str, files: Mapping[str, list[str]]) -> str | None:
-    "The file of a listed video; among files of one name the one in its class's folder."
-    name = video_name(video)
-    hits = files.get(name) or files.get(re.sub(r"_\d{6}_\d{6}$", "", name)) or []
-    at_home = [h for h in hits if _key(os.path.basename(os.path.dirname(h))) == _key(class_name)]
-    return (at_home or hits or [None])[0]
+# %% ../nbs/01_splits.ipynb #921ef8c6
+def _candidates(name: str, files: _Files, clips: bool, unique: bool) -> tuple[list[str], str]:
+    "Files that may be the video `name`, and by which rule: 'name', 'clip', 'letters' or ''."
+    if name in files.exact: return files.exact[name], "name"
+    if clips:
+        key, times = _clip(name)
+        there = {p: _clip(_bare(os.path.basename(p)))[1] for p in files.clips.get(key, ())}
+        fits = [p for p, t in there.items() if t == times] or [p for p, t in there.items() if not (t and times)]
+        if len({there[p] for p in fits}) == 1: return fits, "clip"
+    if unique and _loose(name) in files.loose: return files.loose[_loose(name)], "letters"
+    return [], ""
+
+def _at_home(path: str) -> str: return _loose(os.path.basename(os.path.dirname(path)))
+
+def _choose(hits: Sequence[str], class_name: str) -> list[str]:
+    "Candidates, the best first: in the folder of their class, not empty, then by path."
+    if len(hits) == 1: return list(hits)
+    return sorted(hits, key=lambda p: (_at_home(p) != _loose(class_name), not os.path.getsize(p) if os.path.exists(p) else True, p))
+
+def _hint(name: str, files: _Files) -> str:
+    "What lies there instead of a missing video."
+    if name in files.other: return f"there is {os.path.relpath(files.other[name], files.root)}, which has no video's extension"
+    clips = files.clips.get(_clip(name)[0], ())
+    return f"there is {os.path.relpath(clips[0], files.root)}, another clip of that YouTube video" if clips and _clip(name)[1] else ""
+
+# %% ../nbs/01_splits.ipynb #c798e4a4
+@dataclass
+class _Match:
+    "How the videos of a benchmark were found."
+    rows: list[tuple[str, str, str, str]]     # video, path, class, split
+    origin: list[str]                         # what each was cut from
+    missing: list[tuple[str, str, str, str]]  # video, class, split, hint
+    several: list[tuple[str, str]]            # file taken, file not taken
+    letters: list[tuple[str, str]]            # video, file matched by letters and digits only
+
+def _match(sides: Sequence[Split], files: _Files, clips: bool) -> _Match:
+    found = _Match([], [], [], [], [])
+    homes = {_loose(c) for side in sides for c in side.classes}
+    letters = Counter(_loose(video_name(v)) for side in sides for v in side.videos)
+    for side in sides:
+        for k, (video, label) in enumerate(zip(side.videos, side.labels)):
+            name, class_name = video_name(video), side.classes[label]
+            hits, rule = _candidates(name, files, clips, letters[_loose(name)] == 1)
+            if rule == "letters": hits = [h for h in hits if _at_home(h) == _loose(class_name) or _at_home(h) not in homes]
+            if not hits: found.missing.append((_stem(video), class_name, side.name, _hint(name, files))); continue
+            path, *others = _choose(hits, class_name)
+            found.rows.append((_stem(video), path, class_name, side.name))
+            found.origin.append(side.sources[k] if side.sources else _stem(video))
+            if others: found.several.append((path, others[0]))
+            if rule == "letters": found.letters.append((video, path))
+    return found
 
 # %% ../nbs/01_splits.ipynb #263c99f6
 def benchmark_manifest(benchmark: str,           # a key of BENCHMARKS
                        videos_dir: str | Path,   # searched with all folders below it
                        *, train_size: int | None = None  # as in `load_split`
-                       ) -> pd.DataFrame:  # a manifest; attrs["missing"]: listed videos that were not found
-    "Manifest of a public benchmark from the video files at hand; says how many of how many it found."
+                       ) -> pd.DataFrame:  # a manifest; attrs: benchmark, train_size and missing, one (video, class, split, hint) for each listed video that was not found
+    "Manifest of a public benchmark from the video files at hand; says how many of how many it found, and how."
     folder = Path(videos_dir).expanduser().absolute()
     sides = [load_split(benchmark, s, train_size=train_size if s == "train" else None) for s in SPLITS]
-    files, rows, origin, missing = _files_by_name(folder), [], [], []
-    for side in sides:
-        for k, (video, label) in enumerate(zip(side.videos, side.labels)):
-            path = _find(video, side.classes[label], files)
-            if path is None: missing.append(video); continue
-            rows.append((_stem(video), path, side.classes[label], side.name))
-            origin.append(side.sources[k] if side.sources else _stem(video))
-    if not rows: raise FsarError(f"no video of {benchmark} below {folder}; its names look like {sides[0].videos[0]!r}")
-    return _report_missing(_manifest(rows, origin), benchmark, folder, sides, missing)
-
-def _report_missing(manifest: pd.DataFrame, benchmark: str, folder: Path, sides: Sequence[Split], missing: list[str]) -> pd.DataFrame:
-    manifest.attrs["missing"] = tuple(missing)
-    count = manifest.split.value_counts()
-    text = ", ".join(f"{s.name} {count.get(s.name, 0):,} of {len(s):,}" for s in sides)
-    if missing: warnings.warn(SplitWarning(f"{benchmark}: videos found below {folder}: {text}"), stacklevel=3)
+    found = _match(sides, _files(folder), BENCHMARKS[benchmark].clips)
+    if not found.rows: raise FsarError(f"no video of {benchmark} below {folder}; its names look like {sides[0].videos[0]!r}")
+    manifest = _manifest(found.rows, found.origin)
+    manifest.attrs |= {"benchmark": benchmark, "train_size": len(sides[0]), "missing": tuple(found.missing)}
+    for text in _remarks(manifest, found, sides): warnings.warn(SplitWarning(f"{benchmark}: {text}"), stacklevel=2)
     return manifest
+
+def _remarks(manifest: pd.DataFrame, found: _Match, sides: Sequence[Split]) -> list[str]:
+    "What a user should know of how the videos were found."
+    count, texts = manifest.split.value_counts(), []
+    if found.missing: texts.append("videos found: " + ", ".join(f"{s.name} {count.get(s.name, 0):,} of {len(s):,}" for s in sides))
+    if found.several: texts.append(f"videos that are there more than once: {len(found.several):,}, e.g. {found.several[0][0]} (taken) and {found.several[0][1]}")
+    if found.letters: texts.append(f"files matched by letters and digits only: {len(found.letters):,}, e.g. {found.letters[0][1]} for {found.letters[0][0]!r}")
+    return texts
