@@ -320,7 +320,7 @@ def test_copied_data_set_is_the_same_and_a_changed_one_is_not(tmp_path):
     with pytest.warns(QuarantineWarning):
         assert prepare(manifest_of(root), store.path, **SETTINGS).hash == store.hash
     write_video(root / "c" / "c_1.mp4", picture(9, 5))
-    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: choose another folder"):
+    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: bring it in step with --update"):
         prepare(manifest_of(root), store.path, **SETTINGS)
 
 
@@ -409,6 +409,88 @@ def test_full_disk(videos, tmp_path, store):
     (tmp_path / "out" / "message").unlink()
     assert message.startswith("cannot write ") and "frames.lmdb: " in message and "MB free on that disk" in message
     assert prepare(manifest_of(videos), tmp_path / "out", **SETTINGS).hash == store.hash  # with room again, it goes on
+
+
+# brought in step with a list or files that change
+
+def entries(store: Store) -> dict[bytes, bytes]:
+    with fsar.store._reader(str(store.path / "frames.lmdb")).begin() as transaction:
+        return {k: v for k, v in transaction.cursor() if k.endswith(b"f")}
+
+
+def test_update_decodes_what_is_new_and_forgets_what_is_gone(tmp_path, capfd, monkeypatch):
+    root = make_videos(tmp_path / "in", per_class=4)
+    full = manifest_of(root)
+    grown = prepare(full.drop(index=[1, 5]).reset_index(drop=True), tmp_path / "out", **SETTINGS)
+    with pytest.raises(FsarError, match="another list of videos .*in step with --update"): prepare(full, tmp_path / "out", **SETTINGS)
+    monkeypatch.delenv("FSAR_QUIET", raising=False)
+    updated = prepare(full, tmp_path / "out", update=True, **{**SETTINGS, "progress": True})
+    assert "10 of 12 done before" in capfd.readouterr().err
+    whole = prepare(full, tmp_path / "whole", **SETTINGS)
+    assert updated.hash == whole.hash != grown.hash and updated.index.equals(whole.index) and entries(updated) == entries(whole)
+    fewer = prepare(full.head(8), tmp_path / "out", update=True, **SETTINGS)
+    assert len(fewer) == 8 and len(entries(fewer)) == 8 and fewer.hash == prepare(full.head(8), tmp_path / "eight", **SETTINGS).hash
+
+
+def test_update_takes_in_a_file_that_was_mended(tmp_path):
+    root = make_videos(tmp_path / "in")
+    whole = (root / "a" / "a_1.mp4").read_bytes()
+    (root / "a" / "a_1.mp4").write_bytes(whole[:200])
+    with pytest.warns(QuarantineWarning): assert len(prepare(manifest_of(root), tmp_path / "out", **SETTINGS).quarantine) == 1
+    (root / "a" / "a_1.mp4").write_bytes(whole)
+    mended = prepare(manifest_of(root), tmp_path / "out", update=True, **SETTINGS)
+    assert not len(mended.quarantine) and mended.hash == prepare(manifest_of(root), tmp_path / "fresh", **SETTINGS).hash
+
+
+def test_update_of_other_settings_is_refused(videos, copy):
+    with pytest.raises(FsarError, match=r"short_side=32 \(asked: 40\)"): prepare(manifest_of(videos), copy, update=True, **{**SETTINGS, "short_side": 40})
+
+
+def test_update_with_nothing_to_do_leaves_the_store(videos, copy, store):
+    stamp = (copy / "store.json").stat().st_mtime_ns
+    assert prepare(manifest_of(videos), copy, update=True, **SETTINGS).hash == store.hash and (copy / "store.json").stat().st_mtime_ns == stamp
+
+
+# what a public benchmark lacks, and the room on the disk
+
+def test_missing_videos_are_kept_and_counted(videos, tmp_path):
+    manifest = manifest_of(videos)
+    manifest.attrs |= {"benchmark": "ucf101", "train_size": 9154, "missing": (("a/x, y", "a", "train", ""), ("q/1", "q", "val", "there is q/1.part, …"))}
+    store = prepare(manifest, tmp_path / "out", **SETTINGS)
+    assert store.missing.to_numpy().tolist() == [list(m) for m in manifest.attrs["missing"]]
+    assert store.settings["benchmark"] == "ucf101" and store.summary().loc["train", "videos"] == "6 of 7" and store.listed("val") == 1
+    (store.path / "missing.csv").write_text("video,class,split,hint\n")
+    with pytest.raises(FsarError, match="missing.csv is missing or damaged"): open_store(store.path)
+
+
+def test_a_store_of_an_earlier_version_opens(copy):
+    mark = fsar.store.read_json(copy / "store.json")
+    mark.pop("missing"), (copy / "missing.csv").unlink()
+    fsar.store.write_json(copy / "store.json", mark)
+    assert len(open_store(copy).missing) == 0 and open_store(copy).listed("train") == 6
+
+
+def test_no_room_is_seen_after_a_sample(tmp_path, monkeypatch):
+    root = make_videos(tmp_path / "in", per_class=16)
+    whole = prepare(manifest_of(root), tmp_path / "whole", **SETTINGS)
+    free = sum(map(len, entries(whole).values())) // 2 + fsar.store.RESERVE  # half of what it takes
+    monkeypatch.setattr(fsar.store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))
+    with pytest.raises(FsarError, match=r"out needs about 0.00 GB more for 42 videos \(0.0. MB each\)"): prepare(manifest_of(root), tmp_path / "out", **SETTINGS)
+    with fsar.store._writer(tmp_path / "out") as env: done = [r for r in fsar.store._records(env, manifest_of(root).video) if r]
+    assert len(done) == 6 and {r["path"].split("/")[-2] for r in done} == {"a", "b", "c"}  # the sample, from all over the list, is not lost
+    monkeypatch.undo()
+    assert prepare(manifest_of(root), tmp_path / "out", **SETTINGS).hash == whole.hash
+
+
+def test_the_estimate_is_near_the_truth(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("FSAR_QUIET", raising=False)
+    said = []
+    real = fsar.store._room
+    monkeypatch.setattr(fsar.store, "_room", lambda out, sizes, rest: said.append((real(out, sizes, rest), sum(sizes), rest)) or real(out, sizes, rest))
+    root = make_videos(tmp_path / "in", per_class=16)
+    store = prepare(manifest_of(root), tmp_path / "out", **SETTINGS)
+    (need, sample, rest), = said
+    assert rest == 42 and abs(need / (sum(map(len, entries(store).values())) - sample) - 1) < 0.5
 
 
 # read by many
