@@ -23,8 +23,9 @@ def _help(default: Any, text: str) -> Any:
 class Config:
     "Everything that decides a run's numbers, and where it writes."
     # data
-    dataset: str = _help("motions-mini", "motions, motions-mini, or a folder root/<class>/<video>; a benchmark's name together with --videos")
+    dataset: str = _help("motions-mini", "motions, motions-mini, a folder root/<class>/<video>, a prepared store, or a benchmark's name together with --videos")
     videos: str = _help("", "folder that holds a public benchmark's videos (only with a benchmark's name as dataset)")
+    train_size: int = _help(0, "training videos where papers disagree (SSv2-Full: 67013 or 77500); 0: the first of these")
     splits: str = _help("", "CSV file 'class,split'; empty: <dataset>/splits.csv where it exists")
     train_classes: tuple[str, ...] = _help((), "patterns of base classes, e.g. 'letter_*' (instead of a split file)")
     val_classes: tuple[str, ...] = _help((), "patterns of validation classes")
@@ -47,6 +48,7 @@ class Config:
     sampler: str = _help("", "sampler in front of the method that chooses frames and places of a video, e.g. vim; empty: none")
     backbone: str = _help("resnet_micro", "frame encoder, e.g. resnet_micro, resnet18, resnet50, mobilenet_v2")
     weights: str = _help("", "'imagenet' (downloaded by torchvision), a local .pth or .safetensors file, a checkpoint's folder (its backbone), or empty: from scratch")
+    allow_leak: bool = _help(False, "go on although test classes were among the classes that the weights were trained on; the result is labelled")
     options: tuple[str, ...] = _help((), "the method's own settings as key=value, e.g. matcher=otam motion=false; a sampler's as sampler.key=value")
     # training
     episodes: int = _help(600, "training episodes in all")
@@ -118,7 +120,7 @@ def _wanted(kind: Any) -> str:
 
 # %% ../nbs/07_config.ipynb #321c13ad
 AT_LEAST = dict(short_side=8, size=8, frames=1, ways=1, shots=1, queries=1, episodes=1, tasks_per_step=1, test_queries=1, test_episodes=2,
-                val_episodes=2, max_frames=0, validate_every=0, patience=0, workers=0, seed=0)
+                val_episodes=2, max_frames=0, train_size=0, validate_every=0, patience=0, workers=0, seed=0)
 BETWEEN = dict(crop_scale=(0.05, 1.0), jitter=(0.0, 1.0), lr=(0.0, 100.0), weight_decay=(0.0, 10.0), warmup=(0.0, 1.0), clip_norm=(0.0, 1e9))
 
 def _check(c: Config) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'SAMPLE', 'RESERVE', 'COMMIT', 'INDEX', 'QUARANTINE', 'MISSING', 'unpack', 'QuarantineWarning', 'prepare',
-           'Store', 'split', 'classes', 'summary', 'listed', 'check', 'open_store']
+           'Store', 'split', 'classes', 'summary', 'listed', 'check', 'blocks', 'original', 'open_store']
 
 # %% ../nbs/04_store.ipynb #6e2b67e4
 import contextlib, functools, hashlib, io, json, os, shutil, time, warnings
@@ -33,7 +33,7 @@ def unpack(block: bytes | memoryview,  # what `pack` made
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)[position.reshape(-1)]))
 
 # %% ../nbs/04_store.ipynb #1ad8c712
-FILES = ("settings.json", "frames.lmdb", "frames.lmdb-lock", "index.csv", "quarantine.csv", "missing.csv", "store.json", ".lock")
+FILES = ("settings.json", "frames.lmdb", "frames.lmdb-lock", "index.csv", "quarantine.csv", "missing.csv", "classes.csv", "store.json", ".lock")
 
 def _key(video: str) -> bytes: return hashlib.blake2b(video.encode("utf-8", "surrogateescape"), digest_size=16).digest()  # names may be longer than LMDB's keys
 
@@ -207,12 +207,12 @@ def _tables(manifest: pd.DataFrame, records: list[dict]) -> dict[str, pd.DataFra
     index = table.loc[~bad, INDEX].astype({"frames": int, "height": int, "width": int, "decoded": int, "fps": float})
     return {"index": index, "quarantine": table.loc[bad, QUARANTINE], "missing": pd.DataFrame(manifest.attrs.get("missing", ()), columns=MISSING)}
 
-def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any]) -> None:
+def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any], origin: dict[str, Any]) -> None:
     "Write the tables and the mark of completion."
     for name, table in tables.items():
         with atomic_path(out / f"{name}.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n")
     content = [settings, tables["index"].to_numpy().tolist(), tables["quarantine"].video.tolist()]
-    write_json(out / "store.json", {"settings": settings, "hash": sha256_json(content), "bytes": (out / "frames.lmdb").stat().st_size,
+    write_json(out / "store.json", {"settings": settings, "hash": sha256_json(content), "bytes": (out / "frames.lmdb").stat().st_size, "origin": origin,
                                     **{name: sha256_file(out / f"{name}.csv") for name in tables}})
     for f in out.iterdir():
         if _leftover(f.name) or f.name == "frames.lmdb-lock": f.unlink()
@@ -245,7 +245,7 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
         with _alone(out), _writer(out) as env:
             _fill(env, out, manifest, options, workers or _cores(), progress)
             _forget_others(env, manifest.video)
-            _finish(out, _tables(manifest, _records(env, manifest.video)), settings)
+            _finish(out, _tables(manifest, _records(env, manifest.video)), settings, manifest.attrs.get("origin", {}))
     store = open_store(out)
     changed = _changed(out, manifest)
     if changed: raise FsarError(f"{len(changed)} videos have changed since {out} was prepared, e.g. {changed[0]}: "
@@ -275,11 +275,12 @@ class Store:
     quarantine: pd.DataFrame  # video, path, class, split, reason
     settings: dict[str, Any]  # short_side, max_frames, quality, …; benchmark and train_size for a public one
     hash: str                 # of settings, index and stored frames
+    origin: dict[str, Any] = field(default_factory=dict)  # what it was made from: name, rendered
     missing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MISSING))  # video, class, split, hint: listed, but not there when it was prepared
 
     def __len__(self) -> int: return len(self.index)
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}: {len(self)} of {self.settings['videos']} videos, {self.index['class'].nunique()} classes, short side {self.settings['short_side']})"
+        return f"Store({str(self.path)!r}: {len(self)} of {self.settings['videos'] + len(self.missing)} videos, {self.index['class'].nunique()} classes, short side {self.settings['short_side']})"
 
     @functools.cached_property
     def _keys(self) -> list[bytes]: return [_key(v) for v in self.index.video]
@@ -323,10 +324,23 @@ def listed(self, split: str) -> int:
 @extend(Store)
 def check(self) -> None:
     "Read every stored frame block again and compare its hash; `FsarError` at the first that is damaged."
-    with _reader(str(self.path / "frames.lmdb")).begin(buffers=True) as transaction:
-        for video, key, digest in zip(self.index.video, self._keys, self.index.digest):
-            if hashlib.sha256(transaction.get(key + b"f") or b"").hexdigest() != digest:
-                raise FsarError(f"{self.path}: the frames of {video!r} are damaged: delete the folder and prepare it again")
+    damaged, _ = blocks(self, progress=False)
+    if damaged: raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
+
+# %% ../nbs/04_store.ipynb #a310e5f5
+def blocks(store: Store, progress: bool = True) -> tuple[list[str], int]:  # damaged videos, number of blocks that belong to no video of the index
+    "Read every block of frames and compare it with its hash."
+    with _reader(str(store.path / "frames.lmdb")).begin(buffers=True) as transaction:
+        rows = track(list(zip(store.index.video, store._keys, store.index.digest)), "checking", unit="video", disable=None if progress else True)
+        damaged = [video for video, key, digest in rows if hashlib.sha256(transaction.get(key + b"f") or b"").hexdigest() != digest]
+        there = sum(key[-1:] == b"f" for key in map(bytes, transaction.cursor().iternext(values=False)))
+    return damaged, there - len(store)
+
+def original(store: Store, row: int) -> tuple[str | None, bool]:  # its path, None where it is not there any more; whether it is unchanged
+    "The file that a row was decoded from."
+    record = _records(_reader(str(store.path / "frames.lmdb")), [store.index.video.iloc[row]])[0] or {}
+    path = record.get("path")  # stores of earlier versions do not know it
+    return (path, _holds(record, path)) if path and os.path.isfile(path) else (None, False)
 
 # %% ../nbs/04_store.ipynb #50801d59
 def _read_csv(path: Path, digest: str) -> pd.DataFrame:
@@ -345,4 +359,4 @@ def open_store(path: str | Path) -> Store:
     if not frames.is_file() or frames.stat().st_size < mark["bytes"]: raise FsarError(f"{frames} is missing or cut short: delete {path} and prepare it again")
     index, quarantine = (_read_csv(path / f"{name}.csv", mark[name]) for name in ("index", "quarantine"))
     missing = {"missing": _read_csv(path / "missing.csv", mark["missing"])} if "missing" in mark else {}  # older stores have none
-    return Store(path, index, quarantine, mark["settings"], mark["hash"], **missing)
+    return Store(path, index, quarantine, mark["settings"], mark["hash"], mark.get("origin", {}), **missing)

@@ -27,7 +27,7 @@ def fsar(*words, **env):
 # help
 
 @pytest.mark.parametrize("command, words", [((), ["data", "train", "test", "report", "one or a few examples"]), (("train",), ["--method", "--test-episodes", "--overwrite", "default: molo"]),
-                                            (("data",), ["--train-classes", "root/<class>/<video>"]), (("test",), ["CHECKPOINT", "--test-shots INT", "as in training"]), (("report",), ["FOLDER"])])
+                                            (("data",), ["prepare", "check"]), (("data", "prepare"), ["--train-classes", "root/<class>/<video>", "--update"]), (("test",), ["CHECKPOINT", "--test-shots INT", "as in training"]), (("report",), ["FOLDER"])])
 def test_help_explains(command, words):
     answer = fsar(*command, "--help", COLUMNS="200")
     assert answer.returncode == 0 and not [w for w in words if w not in answer.stdout]
@@ -56,7 +56,8 @@ def test_help_comes_at_once_and_without_torch():
     (["train", "--dateset=motions"], "unknown flag '--dateset=motions' after fsar train. Did you mean '--dataset'?"),
     (["train", "--ways", "five"], "--ways"),
     (["train", "--optimizer", "adm"], "invalid choice 'adm' for argument '--optimizer'. Expected one of ('adam', 'adamw', 'sgd')"),
-    (["data", "motions", "mini"], "unknown word 'mini' after fsar data"),
+    (["data", "prepare", "motions", "mini"], "unknown word 'mini' after fsar data prepare"),
+    (["data", "motions-mini"], "unknown command 'motions-mini' after fsar data. Commands: prepare, check"),
     (["test"], "CHECKPOINT"),
     ([], "Expected one of"),
 ])
@@ -74,9 +75,9 @@ def test_flags_become_the_configuration():
 # what cannot be done: one line, exit code 2, no traceback
 
 @pytest.mark.parametrize("words, message", [
-    (["data", "motion-mini"], "Did you mean 'motions-mini'"),
-    (["data", "/no/such/folder"], "unknown data set '/no/such/folder'"),
-    (["data", "ucf101"], "--videos FOLDER"),
+    (["data", "prepare", "motion-mini"], "Did you mean 'motions-mini'"),
+    (["data", "prepare", "/no/such/folder"], "unknown data set '/no/such/folder'"),
+    (["data", "prepare", "ucf101"], "--videos FOLDER"),
     (["train", "--ways", "0"], "configuration key 'ways' must be at least 1"),
     (["train", "--size", "100"], "larger than the stored frames"),
     (["train", "--method", "mollo"], "unknown method 'mollo'. Did you mean 'molo'?"),
@@ -98,15 +99,15 @@ def test_errors_are_one_line(words, message, tmp_path, capsys, monkeypatch):
 def test_an_empty_class_is_named(tiny_motions, tmp_path, capsys):
     for name in ("wave", "jump"): (tmp_path / "videos" / name).mkdir(parents=True)
     (tmp_path / "videos" / "wave" / "a.mp4").write_bytes(next(tiny_motions.glob("*/*.mp4")).read_bytes())
-    assert cli.main(["data", str(tmp_path / "videos"), "--train-classes", "wave", "--test-classes", "jump"]) == 2
+    assert cli.main(["data", "prepare", str(tmp_path / "videos"), "--train-classes", "wave", "--test-classes", "jump"]) == 2
     assert "'jump' is empty" in capsys.readouterr().err
 
 
 def test_data_prepares_and_tells_programs(tiny_motions, tmp_path, capsys):
-    assert cli.main(["data", str(tiny_motions), "--short-side", "32", "--store", str(tmp_path / "store"), "--json"]) == 0
+    assert cli.main(["data", "prepare", str(tiny_motions), "--short-side", "32", "--out", str(tmp_path / "store"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [s["split"] for s in told["splits"]] and told["unreadable"] == [] and Path(told["store"]) == tmp_path / "store"
-    assert cli.main(["data", str(tiny_motions), "--short-side", "32", "--store", str(tmp_path / "store")]) == 0
+    assert cli.main(["data", "prepare", str(tiny_motions), "--short-side", "32", "--out", str(tmp_path / "store")]) == 0
     assert "36 of 36" in capsys.readouterr().out
 
 
@@ -115,9 +116,9 @@ def test_data_reports_what_it_cannot_read(tiny_motions, tmp_path, capsys):
     good = next(tiny_motions.glob("*/*.mp4")).read_bytes()
     (tmp_path / "videos" / "wave" / "good.mp4").write_bytes(good)
     (tmp_path / "videos" / "wave" / "text.mp4").write_text("not a video")
-    assert cli.main(["data", str(tmp_path / "videos"), "--test-classes", "wave", "--store", str(tmp_path / "store")]) == 0
+    assert cli.main(["data", "prepare", str(tmp_path / "videos"), "--test-classes", "wave", "--out", str(tmp_path / "store")]) == 0
     said = capsys.readouterr().out
-    assert "1 of 2" in said and re.search(r"unreadable: \S+text\.mp4: \w+", said)
+    assert "1 of 2" in said and re.search(r"unreadable: 1 videos.*\n  \S+text\.mp4: \w+", said)
 
 
 # one whole run
