@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'RECORD', 'WEIGHTS', 'OPTIMIZER', 'beside', 'atomic_folder', 'tensor_bytes', 'CheckpointWarning', 'verified',
-           'newest_sound', 'save_model', 'load_model', 'optimizer_tensors', 'restore_optimizer', 'save_state',
-           'read_state', 'restore_state']
+           'newest_sound', 'save_model', 'load_model', 'trained_on', 'optimizer_tensors', 'restore_optimizer',
+           'save_state', 'read_state', 'restore_state']
 
 # %% ../nbs/30_checkpoints.ipynb #380f5938
 import contextlib, shutil, warnings
@@ -136,6 +136,13 @@ def load_model(folder: str | Path, expect_method: str | None = None  # refuse a 
     model = create_model(**record["model"])  # its first weights are overwritten
     _fill(model, _read_tensors(folder / WEIGHTS), folder)
     return model.eval()
+
+# %% ../nbs/30_checkpoints.ipynb #e7bc8bc5
+def trained_on(place: str | Path  # a checkpoint's folder, or whatever else weights may come from
+               ) -> list[dict[str, Any]]:  # each with dataset, classes and for some train_size; the earliest first
+    "What the weights in `place` were trained on as far as that is written there; empty for files of others."
+    if not place or not (Path(place) / RECORD).is_file(): return []
+    return list(verified(place)["metadata"].get("trained_on", []))
 
 # %% ../nbs/30_checkpoints.ipynb #757ca420
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

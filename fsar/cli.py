@@ -53,7 +53,7 @@ def options(title: str, names: Sequence[str], *, optional: bool = False, positio
 
 # %% ../nbs/50_cli.ipynb #3646c493
 DATA = ["dataset", "videos", "train_size", "splits", "train_classes", "val_classes", "test_classes", "source", "max_frames"]
-TEST = ["dataset", "videos", "splits", "test_classes", "source", "short_side", "size", "ways", "test_split", "test_shots", "test_queries", "test_episodes", "workers", "device", "allow_leak"]
+TEST = ["dataset", "videos", "splits", "test_classes", "source", "short_side", "size", "ways", "test_split", "test_shots", "test_queries", "test_episodes", "workers", "device"]
 
 def switch(help: str) -> Any:
     "The type of a flag that is given or not."
@@ -103,10 +103,11 @@ class Test(Command):
     CHECKPOINT is a run's folder or a checkpoint's. What is not given is as it was in training."""
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT", help="a run's output folder, or the folder of a checkpoint (model.json, model.safetensors)")]]
     testing: options("testing", TEST, optional=True)
+    allow_leak: switch("go on although the weights were trained on classes of this test; the result is labelled") = False
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments import evaluate_checkpoint
-        return evaluate_checkpoint(self.checkpoint, {k: v for k, v in vars(self.testing).items() if v is not None})
+        return evaluate_checkpoint(self.checkpoint, {k: v for k, v in vars(self.testing).items() if v is not None} | {"allow_leak": self.allow_leak})
 
     def words(self, result: dict[str, Any]) -> str:
         from fsar.reports import headline
@@ -141,13 +142,14 @@ class Import(Command):
     backbone: Annotated[str, tyro.conf.arg(help="the file's frame encoder")] = "resnet50"
     frames: Annotated[int, tyro.conf.arg(help="frames per clip that the file's model was trained with, T")] = 8
     options: Annotated[tuple[str, ...], tyro.conf.arg(help="the method's own settings as key=value beside those of variant=released", help_behavior_hint="")] = ()
+    trained_on: Annotated[str, tyro.conf.arg(help="the public benchmark on whose base classes it was trained, e.g. ssv2-full: tests on these classes are then refused", help_behavior_hint="")] = ""
     strict: Annotated[bool, tyro.conf.arg(help="refuse a file that lacks an entry of the model, or has one without a place in it", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
     overwrite: Annotated[bool, tyro.conf.arg(help="replace the checkpoint that is in --out", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> dict[str, Any]:
         from fsar.importers import import_into
         with _spoken_warnings():
-            report = import_into(self.out, self.file, self.method, backbone=self.backbone, frames=self.frames, options=self.options, strict=self.strict, overwrite=self.overwrite)
+            report = import_into(self.out, self.file, self.method, backbone=self.backbone, frames=self.frames, options=self.options, strict=self.strict, overwrite=self.overwrite, trained_on=self.trained_on)
         return {"checkpoint": self.out, "report": str(report), **dataclasses.asdict(report)}
 
     def words(self, result: dict[str, Any]) -> str: return f"{result['report']}\ncheckpoint: {result['checkpoint']}"

@@ -380,10 +380,11 @@ def start_of(weights: str  # as in Config.weights
 # %% ../nbs/42_comparison.ipynb #abde6255
 def measured(base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", processes: int = 1, threads: int = 1) -> dict[str, Any]:
     "Everything that metrics.json holds."
+    from fsar.checkpoints import trained_on
     out, reference, jobs = Path(base.out), reference_of(rows, reference), jobs_of(base, rows, seeds)
     found = collect(out, jobs)
     config = {name: value for name, value in base.to_dict().items() if name in BASE}
-    metrics = {"config": config, "seeds": list(seeds), "reference": reference, "data": experiments.data_numbers(data), "selected_on": experiments.selected_on(base), "start": start_of(base.weights),
+    metrics = {"config": config, "seeds": list(seeds), "reference": reference, "data": experiments.data_numbers(data, experiments.leaks_in(trained_on(base.weights), data, base.test_split)), "selected_on": experiments.selected_on(base), "start": start_of(base.weights),
                "rows": {row.label: row_metrics(row, out, [j for j in jobs if j.label == row.label], found[row.label]) for row in rows}}
     metrics |= {"differences": differences(found, reference), "command": command(base, rows, seeds, reference if reference != rows[0].label else "", processes, threads)}
     return {"headline": headline(metrics)} | metrics | origins(data, {f"{label}-{seed}": record for label, runs in found.items() for seed, (record, _) in runs.items()})
@@ -435,15 +436,15 @@ def difference_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
 # %% ../nbs/42_comparison.ipynb #4db5d712
 def setup_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     "Data, backbone, training and test that all rows share, and the rows."
-    from fsar.reports import pairs_table
+    from fsar.reports import drawn_from, leak_note, pairs_table
     c, data = metrics["config"], metrics["data"]
     r = next(row["results"][0] for row in metrics["rows"].values() if row["results"])
-    sizes = [f"{name} {len(data['classes'][s])} classes, {data['videos'][s]:,} videos" for s, name in (("train", "base"), ("val", "validation"), ("test", "novel")) if s in data["classes"] and s in data["videos"]]
+    sizes = [f"{name} {len(data['classes'][s])} classes, {drawn_from(data, s)}" for s, name in (("train", "base"), ("val", "validation"), ("test", "novel")) if s in data["classes"] and s in data["videos"]]
     chosen = {None: "those of the last step, no selection", "val": "best on validation classes"}.get(metrics["selected_on"], f"SELECTED on the {metrics['selected_on']} classes (protocol 'paper')")
     return pairs_table({"rows": "; ".join(f"{label}: {row['row']}" if label != row["row"] else label for label, row in metrics["rows"].items()), "seeds": metrics["seeds"],
                         "data": f"{data['name']}: {'; '.join(sizes)}", "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}", "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",
                         "training": f"{c['episodes']:,} episodes, {c['ways']}-way {c['shots']}-shot, {c['queries']} queries a class; {c['optimizer']}, learning rate {c['lr']:g}, {c['schedule']}; the same for all rows",
-                        "weights tested": chosen, "test": f"{r['episodes']:,} episodes for each number of shots, {r['queries']} queries a class; the same episodes for all rows and seeds"})
+                        "weights tested": chosen, "test": f"{r['episodes']:,} episodes for each number of shots, {r['queries']} queries a class, drawn from {drawn_from(data, r['split'])}; the same episodes for all rows and seeds{leak_note(metrics)}"})
 
 # %% ../nbs/42_comparison.ipynb #64e6be32
 def table_note(metrics: Mapping[str, Any]) -> str:
@@ -566,6 +567,7 @@ def time_direction(metrics: Mapping[str, Any]) -> str:
 # %% ../nbs/42_comparison.ipynb #5de724b1
 def limits(metrics: Mapping[str, Any]) -> list[str]:
     "What the comparison does not show."
+    from fsar.reports import drawn_from
     c, data, seeds = metrics["config"], metrics["data"], len(metrics["seeds"])
     r = next(row["results"][0] for row in metrics["rows"].values() if row["results"])
     said = [f"One recipe for all ({c['optimizer']}, learning rate {c['lr']:g}, {c['episodes']:,} episodes), tuned for none of the rows here; another recipe may change their order. "
@@ -575,7 +577,7 @@ def limits(metrics: Mapping[str, Any]) -> list[str]:
                           + f". A row of {start['method']} is thereby simply trained longer, and methods that compare frames as it does may gain most from it; the seeds share that backbone, so their spread does not count its luck.")
     if seeds == 1: said.append("One seed each: how much trainings vary is not counted at all.")
     else: said.append(f"{seeds} seeds: a spread estimated from {seeds} trainings is rough, and the interval over seeds is {t_quantile(seeds - 1) / seeds ** 0.5:.1f} standard deviations to either side for that reason.")
-    said.append(f"The ± beside an accuracy covers the draw of {r['episodes']:,} episodes from {data['videos'][r['split']]:,} videos of {len(data['classes'][r['split']])} classes. It says nothing of other videos, other classes or other seeds.")
+    said.append(f"The ± beside an accuracy covers the draw of {r['episodes']:,} episodes from {drawn_from(data, r['split'])} of {len(data['classes'][r['split']])} classes. It says nothing of other videos, other classes or other seeds.")
     if data["partners"]: said.append("The videos are rendered: the class is the motion and all else is a nuisance. Which method does best on filmed actions is another question.")
     others = len(metrics["rows"]) - 1
     if others > 1: said.append(f"{others} rows are compared with one at the 95 % level each: of twenty rows without any difference, about one would seem to have one.")

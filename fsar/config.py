@@ -91,7 +91,7 @@ class Config:
         "SHA-256 of all that decides the numbers: every field but the places and the number of loader processes."
         return sha256_json({k: v for k, v in self.to_dict().items() if k not in PLACES})
 
-PLACES = {"out", "store", "workers"}  # where and how, not what
+PLACES = {"out", "store", "workers", "allow_leak"}  # where and how, not what
 
 # %% ../nbs/07_config.ipynb #14323a2f
 def _known(name: str) -> str:

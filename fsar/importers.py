@@ -163,9 +163,18 @@ def free_place(folder: str | Path, overwrite: bool) -> None:
     if not folder.is_dir() or any(folder.iterdir()) and not (folder / RECORD).is_file(): raise FsarError(f"{folder} holds something other than a checkpoint and is not replaced: name another folder")
 
 def import_into(folder: str | Path, path: str | Path, method: str, *, overwrite: bool = False,
+                trained_on: str = "",  # the public benchmark on whose base classes it was trained, e.g. ssv2-full
                 **kwargs: Any) -> ImportReport:  # kwargs: see import_checkpoint
     "Import a released checkpoint and save it in `folder`."
     free_place(folder, overwrite)
+    seen = _base_classes(trained_on) if trained_on else []
     model, report = import_checkpoint(path, method, **kwargs)
-    save_model(folder, model, {"imported": {"sha256": sha256_file(path), **asdict(report)}})
+    save_model(folder, model, {"imported": {"sha256": sha256_file(path), **asdict(report)}, "trained_on": seen})
     return report
+
+def _base_classes(benchmark: str) -> list[dict[str, Any]]:
+    "What weights trained on a public benchmark have seen, as a checkpoint says it; of two sizes of its training list the larger."
+    from fsar.splits import BENCHMARKS, benchmark_name, load_split
+    name = benchmark_name(benchmark) or benchmark
+    side = load_split(name, "train", train_size=max(BENCHMARKS[name].train_sizes, default=None) if name in BENCHMARKS else None)
+    return [{"dataset": name, "classes": list(side.classes), "train_size": len(side)}]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'ACCENT', 'DASHES', 'PIXELS_PER_INCH', 'LIGHT_GREYS', 'set_style', 'save_figure', 'show_figure',
-           'percent', 'verdict', 'selection_note', 'method_name', 'headline', 'banner', 'reading', 'direction',
-           'headline_table', 'show_table', 'pairs_table', 'origin', 'question', 'setup', 'duration', 'training_figure',
-           'rates', 'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure', 'reversed_comparison_figure',
-           'alignment_figure']
+           'percent', 'verdict', 'selection_note', 'leak_note', 'drawn_from', 'method_name', 'headline', 'banner',
+           'reading', 'direction', 'headline_table', 'show_table', 'pairs_table', 'origin', 'question', 'setup',
+           'duration', 'training_figure', 'rates', 'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure',
+           'reversed_comparison_figure', 'alignment_figure']
 
 # %% ../nbs/40_reports.ipynb #d349e1d8
 import io
@@ -78,6 +78,15 @@ def selection_note(metrics: Mapping[str, Any], result: Mapping[str, Any]) -> str
     if split is None: return "; last weights, no selection"
     return f"; weights SELECTED on these {split} classes" + (", protocol 'paper'" if metrics["config"]["protocol"] == "paper" else "") if split == result["split"] else ""
 
+def leak_note(metrics: Mapping[str, Any]) -> str:
+    "What must stand beside a number whose classes the weights had met; empty where they had not."
+    return "; NOT FEW-SHOT, the weights were trained on classes of this test" if metrics["data"].get("leaks") else ""
+
+def drawn_from(data: Mapping[str, Any], split: str) -> str:
+    "`2,281 of 2,400 videos`: what the episodes of a split were drawn from. Reports of earlier versions do not know how many there should be."
+    there, listed = data["videos"][split], data.get("listed", {}).get(split)
+    return f"{there:,} videos" if listed is None else f"{there:,} of {listed:,} videos"
+
 def method_name(config: Mapping[str, Any]) -> str:
     "The method, with the sampler in front of it where there is one: `vim sampler + protonet`."
     return f"{config['sampler']} sampler + {config['method']}" if config.get("sampler") else config["method"]
@@ -86,14 +95,14 @@ def headline(metrics: Mapping[str, Any]) -> str:
     "The run in one line: method, data set, first test, and how its weights were chosen where that matters."
     r = metrics["results"][0]
     return (f"{method_name(metrics['config'])} on {metrics['data']['name']}, {r['task']}: {percent(r['accuracy'], r['ci95'])} "
-            f"(chance {percent(r['chance'])}, {r['episodes']:,} episodes of {r['split']} classes{selection_note(metrics, r)})")
+            f"(chance {percent(r['chance'])}, {r['episodes']:,} episodes of {r['split']} classes, drawn from {drawn_from(metrics['data'], r['split'])}{selection_note(metrics, r)}{leak_note(metrics)})")
 
 # %% ../nbs/40_reports.ipynb #e35e9979
 def banner(metrics: Mapping[str, Any]) -> str:
     "The first result as large HTML, with what it must be read against below it."
     from html import escape
     r = metrics["results"][0]
-    below = f"{r['task']} accuracy with its 95 % confidence interval; guessing gives {percent(r['chance'])}. {r['episodes']:,} episodes of {r['split']} classes{selection_note(metrics, r)}."
+    below = f"{r['task']} accuracy with its 95 % confidence interval; guessing gives {percent(r['chance'])}. {r['episodes']:,} episodes of {r['split']} classes, drawn from {drawn_from(metrics['data'], r['split'])}{selection_note(metrics, r)}{leak_note(metrics)}."
     return f'<div class="headline">{percent(r["accuracy"], r["ci95"])}<small>{escape(below)}</small></div>'
 
 def reading(metrics: Mapping[str, Any]) -> str:
@@ -118,7 +127,7 @@ def direction(reversed_pairs: Mapping[str, Any]  # with the number of distinct `
 def headline_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     "One row per test: accuracy with its interval, chance, how many episodes, and the verdict."
     return pd.DataFrame([{"test": r['task'], "classes": r["split"], "accuracy (95 % CI)": percent(r["accuracy"], r["ci95"]),
-                          "chance": percent(r["chance"]), "episodes": f"{r['episodes']:,}", "reading": verdict(r) + selection_note(metrics, r)}
+                          "chance": percent(r["chance"]), "episodes": f"{r['episodes']:,} from {drawn_from(metrics['data'], r['split'])}", "reading": verdict(r) + selection_note(metrics, r) + leak_note(metrics)}
                          for r in metrics["results"]])
 
 def show_table(table: pd.DataFrame) -> None:
@@ -155,7 +164,7 @@ def question(metrics: Mapping[str, Any]) -> str:
 def setup(metrics: Mapping[str, Any]) -> pd.DataFrame:
     "Data, model, training and test in a table of two columns."
     c, data, training = metrics["config"], metrics["data"], metrics["training"]
-    sizes = [f"{len(data['classes'][s])} classes, {data['videos'][s]:,} videos" for s in ("train", "val", "test") if s in data["classes"]]
+    sizes = [f"{len(data['classes'][s])} classes, {drawn_from(data, s)}" for s in ("train", "val", "test") if s in data["classes"]]
     rows = {"data": f"{data['name']}: " + "; ".join(f"{s} {size}" for s, size in zip(("base", "validation", "novel"), sizes)),
             "method": " ".join([method_name(c), *c["options"]]), "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}; {training['parameters']:,} parameters in all",
             "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",

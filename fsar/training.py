@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'SELECTION', 'constant', 'cosine', 'step_decay', 'learning_rate', 'make_optimizer',
            'choose_device', 'choose_precision', 'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'MetricsLog',
-           'tensorboard', 'Journal', 'Progress', 'training_settings', 'is_due', 'run_validation', 'save_evidence',
-           'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
+           'tensorboard', 'Journal', 'Progress', 'training_settings', 'seen', 'is_due', 'run_validation',
+           'save_evidence', 'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
 
 # %% ../nbs/32_training.ipynb #ecf2e2f0
 import contextlib, csv, math, os, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checkpoints import atomic_folder, read_state, restore_state, save_model, save_state, tensor_bytes
+from .checkpoints import atomic_folder, read_state, restore_state, save_model, save_state, tensor_bytes, trained_on
 from .config import PLACES, Config
 from .core import FsarError, Registry, atomic_path, torch_seed, track, write_json, writing
 from .episodes import EpisodeBatch, episode_loader
@@ -92,6 +92,7 @@ class Run:
     accelerator: Accelerator
     device: torch.device
     precision: str  # fp32 or bf16
+    seen: list[dict[str, Any]] = field(default_factory=list)  # what its weights are trained on, see `seen`
 
     @property
     def steps(self) -> int: return math.ceil(self.config.episodes / self.config.tasks_per_step)
@@ -265,6 +266,14 @@ def training_settings(config: Config, episodes: Dataset) -> dict[str, Any]:
     data = getattr(getattr(episodes, "store", None), "hash", None)
     return {**{k: v for k, v in config.to_dict().items() if k not in PLACES | skip}, "data": data}
 
+def seen(config: Config, episodes: Dataset) -> list[dict[str, Any]]:
+    "What weights trained on `episodes` will have seen: data sets and classes, after those of the weights that the training starts from."
+    pool, store = getattr(getattr(episodes, "sampler", None), "pool", None), getattr(episodes, "store", None)
+    if pool is None: return trained_on(config.weights)
+    name = getattr(store, "origin", {}).get("name") or Path(config.dataset).name
+    size = {k: v for k, v in getattr(store, "settings", {}).items() if k == "train_size"}
+    return [*trained_on(config.weights), {"dataset": name, "classes": list(pool.names), **size}]
+
 def _check_settings(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     "`FsarError` naming what differs between the training in `out` and this one; a setting newer than that training counts there with its default."
     theirs = {**{k: v for k, v in Config().to_dict().items() if k in ours}, **theirs}
@@ -292,7 +301,7 @@ def run_validation(run: Run, progress: Progress, validate: Callable[[FewShotMode
     if run.world > 1: broadcast_object_list(found)
     if progress.best_accuracy is None or found[0] > progress.best_accuracy:
         progress.best_accuracy, progress.best_step, progress.stale = found[0], progress.step, 0
-        metadata = {"step": progress.step, "accuracy": found[0], "ci95": found[1], "selection": SELECTION[run.config.protocol]}
+        metadata = {"step": progress.step, "accuracy": found[0], "ci95": found[1], "selection": SELECTION[run.config.protocol], "trained_on": run.seen}
         if run.main and run.config.protocol != "last": save_model(out / "best", run.model, metadata)
     else: progress.stale += 1
     return {"val_accuracy": found[0], "val_ci95": found[1]}
@@ -336,7 +345,7 @@ def _save(run: Run, progress: Progress, settings: Mapping[str, Any], journal: Jo
     "Log, then state; at the end without the optimiser."
     if not run.main: return
     journal.log.flush()
-    metadata = {"step": progress.step, "selection": SELECTION["last"]}
+    metadata = {"step": progress.step, "selection": SELECTION["last"], "trained_on": run.seen}
     save_state(out / "last", run.model, None if progress.finished else run.optimizer, {"settings": dict(settings), "progress": asdict(progress)}, metadata)
 
 def _advance(run: Run, progress: Progress, batches: Iterator[EpisodeBatch], validate: Callable[[FewShotModel], Result] | None, out: Path) -> dict[str, Any]:
@@ -422,6 +431,7 @@ def train(config: Config, model: FewShotModel,  # with its first weights; traine
     place, state = _find(out, settings)
     if state and state.finished: return _result(out, config, state, reused=True)
     run = prepare_run(config, model)
+    run.seen = seen(config, episodes)
     state = _resume(run, state, place)
     journal = Journal(out, run, state.step, progress)
     try: _loop(run, state, settings, episodes, validate, journal, out, on_step, save_seconds)

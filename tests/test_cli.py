@@ -189,6 +189,7 @@ def test_the_page_says_what_metrics_say(finished):
     known = {percent(r["accuracy"], r["ci95"]) for r in results}
     assert set(re.findall(r"\d+\.\d ± \d+\.\d %", text)) == known
     assert all(percent(r["chance"]) in text for r in results) and metrics["command"] in text
+    assert f"drawn from {metrics['data']['videos']['test']} of {metrics['data']['listed']['test']} videos" in text
     assert all(digest in text for digest in metrics["hashes"].values()) and all(version in text for version in metrics["versions"].values())
 
 

@@ -1,14 +1,25 @@
 "Data sets as they lie on people's disks, under the real names of the split lists: found, counted, prepared end to end."
+import contextlib
 import hashlib
+import io
+import json
 import os
-import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fsar.core import FsarError
+from fsar import cli, experiments
+from fsar import store as store_module
+from fsar.checkpoints import save_model
+from fsar.config import Config
+from fsar.core import FsarError, sha256_file
+from fsar.importers import _base_classes
+from fsar.model import create_model
+from fsar.motions import PRESETS, render
+from fsar.store import open_store, prepare
+from fsar.video import write_video
 from fsar.splits import BENCHMARKS, SPLITS, SplitWarning, benchmark_manifest, benchmark_name, load_split, video_name
 
 ALL = sorted(BENCHMARKS)
@@ -154,3 +165,123 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path):
     touch(tmp_path / f"{video}.avi", "")
     (tmp_path / "locked").mkdir(mode=0)
     assert any("cannot be read" in s for s in found("ucf101", tmp_path)[1])
+
+
+# prepared, end to end, through the command line
+
+PER_CLASS = 7
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[bytes]:
+    "Twelve different rendered clips, as bytes."
+    folder, preset = tmp_path_factory.mktemp("clips"), PRESETS["motions-mini"]
+    return [write_video(folder / f"{k}.mp4", render("rise" if k % 2 else "grow", k, preset)[:8]).read_bytes() for k in range(12)]
+
+
+def some(benchmark: str) -> list[tuple[str, str, str]]:
+    "The first videos of six classes of each side."
+    rows = []
+    for s in SPLITS:
+        side = load_split(benchmark, s)
+        for k in range(6): rows += [(side.videos[i], side.classes[k], s) for i in np.flatnonzero(side.labels == k)[:PER_CLASS]]
+    return rows
+
+
+@pytest.fixture(scope="module", params=ALL)
+def benchmark_store(request, clips, tmp_path_factory):
+    "A messy tree of a benchmark's real names, prepared by the command; with what it said."
+    root = tmp_path_factory.mktemp(request.param)
+    videos = some(request.param)
+    broken = next(v for v, _, _ in videos if 0.1 < lot(v) < 0.5)
+
+    def make(path: Path, video: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no video at all" if video == broken else clips[int(lot(video, "clip") * len(clips))])
+
+    expected = messy(root / "videos", request.param, videos, make)
+    before = {p: p.stat().st_mtime_ns for p in (root / "videos").rglob("*")}
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+        code = cli.main(["data", "prepare", request.param.replace("_", "-"), "--videos", str(root / "videos"), "--out", str(root / "store"), "--short-side", "32", "--processes", "1", "--json"])
+    assert code == 0 and before == {p: p.stat().st_mtime_ns for p in (root / "videos").rglob("*")}  # nothing is written beside the originals
+    return request.param, root, expected, os.path.splitext(broken)[0] if request.param == "kinetics100_molo" else broken, json.loads(said.getvalue())
+
+
+def test_prepared_from_a_messy_tree(benchmark_store):
+    benchmark, root, expected, broken, told = benchmark_store
+    store = open_store(root / "store")
+    assert set(store.index.video) == expected.keys() - {broken} and list(store.quarantine.video) == [broken]
+    sides = {s: load_split(benchmark, s) for s in SPLITS}
+    assert {s: store.listed(s) for s in SPLITS} == {s: len(side) for s, side in sides.items()}
+    assert told["missing"] == sum(map(len, sides.values())) - len(expected) == len(store.missing)
+    assert [row["videos"] for row in told["splits"]] == [f"{(store.index.split == s).sum()} of {len(sides[s]):,}" for s in SPLITS]
+    assert told["unreadable"][0]["video"] == broken and told["unreadable"][0]["reason"].startswith("not a readable video")
+    assert any("videos found" in note for note in told["notes"])
+    lines = (root / "store" / "missing.csv").read_text().splitlines()
+    assert len(lines) == told["missing"] + 1
+    files = {v: sha256_file(root / "videos" / p) for v, p in expected.items()}
+    records = store_module._records(store_module._reader(str(root / "store" / "frames.lmdb")), store.index.video)
+    assert all(record["file"] == files[v] for v, record in zip(store.index.video, records))  # every video is the file of its own name
+
+
+def test_prepared_again_and_checked(benchmark_store, capsys):
+    benchmark, root, _, _, told = benchmark_store
+    assert cli.main(["data", "check", str(root / "store"), "--sample", "4"]) == 0
+    assert "sound" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", benchmark, "--videos", str(root / "videos"), "--out", str(root / "store"), "--short-side", "32"]) == 0
+    out = capsys.readouterr().out
+    assert f"{told['videos']:,} of {told['listed']:,} videos prepared in" in out and "next: fsar data show" in out
+
+
+def test_episodes_of_an_incomplete_benchmark(benchmark_store, tmp_path, capsys):
+    "A run on what is there: the report says of how many videos of how many."
+    benchmark, root, _, _, told = benchmark_store
+    if benchmark not in ("ucf101", "ssv2_small"): pytest.skip("one class-folder and one flat benchmark are enough for whole runs")
+    words = ["--dataset", str(root / "store"), "--method", "protonet", "--short-side", "32", "--size", "32", "--frames", "4", "--queries", "1", "--episodes", "4", "--validate-every", "2",
+             "--val-episodes", "4", "--test-queries", "1", "--test-episodes", "20", "--test-shots", "1", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert cli.main(["train", *words]) == 0
+    there = told["splits"][2]["videos"]
+    assert f"drawn from {there} videos" in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count(f"{there} videos") >= 2 and benchmark in page
+
+
+# weights that have seen the test
+
+@pytest.fixture
+def full_weights(tmp_path):
+    "A model that says it was trained on SSv2-Full."
+    model = create_model("protonet", backbone="resnet_micro", frames=4, classes=64, seed=0)
+    save_model(tmp_path / "full", model, {"trained_on": _base_classes("ssv2-full")})
+    return tmp_path / "full"
+
+
+@pytest.fixture(scope="module")
+def small_store(clips, tmp_path_factory):
+    "SSv2-Small's test classes, two videos each."
+    root = tmp_path_factory.mktemp("small")
+    side = load_split("ssv2_small", "test")
+    for k in range(24):
+        for i in np.flatnonzero(side.labels == k)[:2]:
+            path = root / "videos" / f"{side.videos[i]}.webm"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(clips[i % len(clips)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return prepare(benchmark_manifest("ssv2_small", root / "videos"), root / "store", short_side=32, workers=1, progress=False).path
+
+
+def test_full_to_small_stops_and_is_labelled_when_told_to_go_on(full_weights, small_store, capsys):
+    words = ["test", str(full_weights), "--dataset", str(small_store), "--short-side", "32", "--size", "32", "--test-shots", "1", "--test-queries", "1", "--test-episodes", "10", "--device", "cpu"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "would not be few-shot: 7 of the 24 test classes of ssv2_small were trained on in ssv2_full" in said and "700 of their 700 videos" in said and "--allow-leak" in said
+    assert cli.main([*words, "--allow-leak"]) == 0
+    assert "NOT FEW-SHOT" in capsys.readouterr().out
+
+
+def test_a_backbone_that_has_seen_the_test_classes_is_refused_before_training(full_weights, small_store, tmp_path):
+    config = Config(dataset=str(small_store), short_side=32, size=32, frames=4, method="protonet", weights=str(full_weights))
+    data = experiments.prepare_data(config)
+    with pytest.raises(FsarError, match="7 of the 24 test classes"): experiments.model_for(config, data)
+    assert experiments.model_for(config.replace(allow_leak=True), data) is not None

@@ -25,7 +25,7 @@ def result(**changes):
 
 
 def metrics(**changes):
-    return dict(selected_on="val", config=dict(method="molo", protocol="val"), data=dict(name="motions-mini", classes=dict(train=["a"] * 24, val=["b"], test=["c"] * 10)),
+    return dict(selected_on="val", config=dict(method="molo", protocol="val"), data=dict(name="motions-mini", classes=dict(train=["a"] * 24, val=["b"], test=["c"] * 10), videos=dict(train=600, val=140, test=228), listed=dict(train=624, val=144, test=240)),
                 results=[result(), result(task="5-way 5-shot", shots=5, accuracy=0.752)]) | changes
 
 
@@ -35,7 +35,19 @@ def test_verdict_compares_the_interval_with_chance(accuracy, ci95, words):
 
 
 def test_headline_names_method_data_interval_chance_and_episodes():
-    assert reports.headline(metrics()) == "molo on motions-mini, 5-way 1-shot: 61.2 ± 0.4 % (chance 20.0 %, 2,000 episodes of test classes)"
+    assert reports.headline(metrics()) == "molo on motions-mini, 5-way 1-shot: 61.2 ± 0.4 % (chance 20.0 %, 2,000 episodes of test classes, drawn from 228 of 240 videos)"
+
+
+@pytest.mark.parametrize("make", [reports.headline, reports.banner, lambda m: reports.headline_table(m)["episodes"][0]])
+def test_every_number_says_what_its_episodes_were_drawn_from(make):
+    assert "drawn from 228 of 240 videos" in make(metrics()) or make(metrics()) == "2,000 from 228 of 240 videos"
+    earlier = {k: v for k, v in metrics()["data"].items() if k != "listed"}
+    assert "228 videos" in make(metrics(data=earlier))
+
+
+@pytest.mark.parametrize("make", [reports.headline, reports.banner, lambda m: reports.headline_table(m)["reading"][0]])
+def test_a_leak_is_labelled_wherever_the_number_appears(make):
+    assert "NOT FEW-SHOT" in make(metrics(data=metrics()["data"] | {"leaks": ["7 of the 24 test classes"]})) and "NOT FEW-SHOT" not in make(metrics())
 
 
 @pytest.mark.parametrize("make", [reports.headline, reports.banner, lambda m: reports.headline_table(m)["reading"][0]])
