@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'DATA', 'TEST', 'DATA_COMMANDS', 'FAMILIES', 'COMMANDS', 'ABOUT', 'grouped', 'options', 'switch', 'word',
-           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Check', 'Compare', 'Claims', 'Sizes', 'Data',
-           'parse', 'plain', 'main']
+           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'About', 'Check', 'Compare', 'Claims', 'Sizes',
+           'Data', 'parse', 'plain', 'main']
 
 # %% ../nbs/50_cli.ipynb #7d4ec1d6
 import contextlib, dataclasses, io, itertools, json, re, sys, warnings
@@ -180,7 +180,18 @@ class Prepare(Command):
         from fsar.datasets import told
         return told(result)
 
-# %% ../nbs/50_cli.ipynb #13d94c57
+# %% ../nbs/50_cli.ipynb #86f7f491
+@dataclass(kw_only=True)
+class About(Command):
+    """How to obtain a public benchmark: source, size, licence, commands, and the layouts that are understood."""
+    name: word("ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100 or kinetics100-molo", "BENCHMARK")
+
+    def run(self) -> dict[str, Any]:
+        from fsar.obtain import how_to_get
+        return {"benchmark": self.name, "text": how_to_get(self.name)}
+
+    def words(self, result: dict[str, Any]) -> str: return result["text"]
+
 @dataclass(kw_only=True)
 class Check(Command):
     """Is a prepared store still as it was? Compares all frames with their hashes, counts them, and decodes a sample of the originals again."""
@@ -268,7 +279,7 @@ class Sizes(Command):
 class Data(Command):
     """Prepare, check and look at data sets: fsar data --help"""
 
-DATA_COMMANDS = {"prepare": Prepare, "check": Check}
+DATA_COMMANDS = {"prepare": Prepare, "check": Check, "about": About}
 FAMILIES = {"data": (DATA_COMMANDS, "Get videos ready for training, and see what is there. A first look: fsar data prepare motions-mini")}  # first word → its commands
 COMMANDS = {"data": Data, "train": Train, "test": Test, "report": Report, "compare": Compare, "claims": Claims, "sizes": Sizes, "import": Import}
 ABOUT = "Few-shot action recognition from video: train on base classes, recognise new ones from one or a few examples.\n\n" \

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'REASONS', 'VIDEO_EXTENSIONS', 'RESOURCES', 'FsarError', 'nearest', 'Registry', 'extend', 'generator',
            'torch_seed', 'writing', 'fsync', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'sha256_json',
-           'sha256_arrays', 'resource', 'cache_dir', 'track']
+           'sha256_arrays', 'resource', 'cache_dir', 'size_text', 'track']
 
 # %% ../nbs/00_core.ipynb #a676836c
 import contextlib, difflib, errno, hashlib, importlib.util, json, os, tempfile
@@ -174,6 +174,14 @@ def resource(name: str) -> Path:
 def cache_dir() -> Path:
     "Where fsar keeps what it can make again: `$FSAR_CACHE`, or `~/.cache/fsar`."
     return Path(os.environ.get("FSAR_CACHE") or Path.home() / ".cache" / "fsar")
+
+# %% ../nbs/00_core.ipynb #80f3e04a
+def size_text(count: float  # bytes
+              ) -> str:
+    "`1.2 GB`, `34 MB`: bytes in the unit that suits them, powers of 1000."
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power: return f"{count / 10**power:.{0 if count >= 10 ** (power + 1) else 1}f} {unit}"
+    return f"{count:.0f} bytes"
 
 # %% ../nbs/00_core.ipynb #ae561443
 def track(iterable: Iterable[T] | None = None, description: str = "", *, total: int | None = None, unit: str = "it",

@@ -7,7 +7,7 @@ __all__ = ['CLOSE', 'UNTRIMMED', 'Data', 'dataset_kind', 'manifest', 'rendered',
            'prepare_rendered', 'open_data', 'drawn_from', 'class_table', 'split_table', 'Checked', 'check_store',
            'remarks', 'prepared', 'told']
 
-# %% ../nbs/09_datasets.ipynb #2833c97d
+# %% ../nbs/09_datasets.ipynb #37edb6a2
 import contextlib, dataclasses, os, sys, warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
-from .core import FsarError, cache_dir, nearest, sha256_json, track, writing
+from .core import FsarError, cache_dir, nearest, sha256_json, size_text, track, writing
 
 # %% ../nbs/09_datasets.ipynb #ec2dd88d
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def manifest(config: Config, *, progress: bool = True):  # -> the manifest and t
     from fsar.splits import benchmark_manifest, benchmark_name, folder_manifest
     kind = dataset_kind(config)
     if kind == "benchmark":
-        if not config.videos: raise FsarError(f"data set {config.dataset!r} needs the folder of its videos: --videos FOLDER (a folder of your own called {config.dataset} is written ./{config.dataset})")
+        if not config.videos: raise FsarError(f"data set {config.dataset!r} needs the folder of its videos: --videos FOLDER; how to get them: fsar data about {config.dataset} (a folder of your own called {config.dataset} is written ./{config.dataset})")
         return benchmark_manifest(benchmark_name(config.dataset), config.videos, train_size=config.train_size or None), Path(config.videos)
     root = rendered(PRESETS[config.dataset], progress) if kind == "motions" else Path(config.dataset)
     patterns = {name: getattr(config, f"{name}_classes") for name in ("train", "val", "test") if getattr(config, f"{name}_classes")}
@@ -238,13 +238,13 @@ def _save_classes(store: Any, table: Any) -> None:
     from fsar.core import atomic_path
     with atomic_path(store.path / "classes.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n")
 
-# %% ../nbs/09_datasets.ipynb #e98fcde3
+# %% ../nbs/09_datasets.ipynb #f64a5832
 def told(found: Mapping[str, Any], most: int = 8) -> str:
     "What `prepared` found, for a terminal."
     import pandas as pd
     minutes, seconds = divmod(round(found["seconds"]), 60)
     lines = [f"{found['name']}: {drawn_from(found['videos'], found['listed'])} prepared in {found['store']}",
-             f"{found['bytes'] / 1e6:,.1f} MB, {found['bytes'] / 1e6 / found['videos']:.3f} MB a video, {minutes} min {seconds} s", "", pd.DataFrame(found["splits"]).to_string(index=False), ""]
+             f"{size_text(found['bytes'])}, {size_text(found['bytes'] / found['videos'])} a video, {minutes} min {seconds} s", "", pd.DataFrame(found["splits"]).to_string(index=False), ""]
     short, bad = found["incomplete"], found["unreadable"]
     if short: lines.append(f"{len(short)} classes lack videos (all in classes.csv), the fewest first:")
     lines += [f"  {c['split']} {c['class']}: {c['usable']} of {c['listed']}" for c in short[:most]] + ["  …"] * (len(short) > most)

@@ -363,6 +363,11 @@ def _match(sides: Sequence[Split], files: _Files, clips: bool) -> _Match:
     return found
 
 # %% ../nbs/01_splits.ipynb #263c99f6
+def _there(files: _Files) -> str:
+    "What a folder holds instead, in words."
+    videos = [p for paths in files.exact.values() for p in paths if _is_video(p)]
+    return f"{len(videos):,} other video files lie there, e.g. {os.path.basename(videos[0])}" if videos else f"no video file at all lies there, of {len(files.exact) + len(files.other):,} files"
+
 def benchmark_manifest(benchmark: str,           # a key of BENCHMARKS
                        videos_dir: str | Path,   # searched with all folders below it
                        *, train_size: int | None = None  # as in `load_split`
@@ -370,8 +375,9 @@ def benchmark_manifest(benchmark: str,           # a key of BENCHMARKS
     "Manifest of a public benchmark from the video files at hand; says how many of how many it found, and how."
     folder = Path(videos_dir).expanduser().absolute()
     sides = [load_split(benchmark, s, train_size=train_size if s == "train" else None) for s in SPLITS]
-    found = _match(sides, _files(folder), BENCHMARKS[benchmark].clips)
-    if not found.rows: raise FsarError(f"no video of {benchmark} below {folder}; its names look like {sides[0].videos[0]!r}")
+    files = _files(folder)
+    found = _match(sides, files, BENCHMARKS[benchmark].clips)
+    if not found.rows: raise FsarError(f"no video of {benchmark} below {folder}: {_there(files)}; its names look like {sides[0].videos[0]!r}. See: fsar data about {benchmark}")
     manifest = _manifest(found.rows, found.origin)
     manifest.attrs |= {"benchmark": benchmark, "train_size": len(sides[0]), "missing": tuple(found.missing)}
     for text in _remarks(manifest, found, sides): warnings.warn(SplitWarning(f"{benchmark}: {text}"), stacklevel=2)

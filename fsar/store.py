@@ -17,7 +17,7 @@ import lmdb
 import numpy as np, pandas as pd, torch
 from PIL import Image
 
-from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, track, write_json, writing
+from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, size_text, track, write_json, writing
 from .decoding import decode_many
 
 # %% ../nbs/04_store.ipynb #6093f092
@@ -154,7 +154,7 @@ def _holds(record: dict | None, path: str) -> bool:
     if record["size"] != now["size"]: return False
     return record["mtime"] == now["mtime"] or record.get("file") == sha256_file(path)
 
-# %% ../nbs/04_store.ipynb #6f66204c
+# %% ../nbs/04_store.ipynb #efce0369
 SAMPLE, RESERVE = 24, 64 << 20  # videos that the estimate is made from; bytes that stay free on the disk
 
 def _sample_first(rows: int) -> list[int]:
@@ -167,7 +167,7 @@ def _room(out: Path, sizes: Sequence[int], rest: int) -> int:  # bytes that `res
     need = int(rest * (np.mean(sizes) + 4096))  # LMDB fills up pages of 4 kB
     free = shutil.disk_usage(out).free
     if need + RESERVE > free:
-        raise FsarError(f"{out} needs about {need / 1e9:.2f} GB more for {rest:,} videos ({np.mean(sizes) / 1e6:.2f} MB each), and {free / 1e9:.2f} GB are free on that disk. "
+        raise FsarError(f"{out} needs about {size_text(need)} more for {rest:,} videos ({size_text(np.mean(sizes))} each), and {size_text(free)} are free on that disk. "
                         "Make room and repeat the command, or choose another folder, a smaller short side or fewer frames")
     return need
 
@@ -190,7 +190,7 @@ def _fill(env: lmdb.Environment, out: Path, manifest: pd.DataFrame, options: dic
             batch.append((video, {**stamps[video], **record}, block))
             sizes.append(len(block))
             if len(sizes) == sample or time.monotonic() - since > COMMIT: _write(env, batch); batch, since = [], time.monotonic()
-            if len(sizes) == sample: bar.set_description(f"{label}, {_room(out, sizes, len(todo) - sample) / 1e9:.2f} GB to come")
+            if len(sizes) == sample: bar.set_description(f"{label}, {size_text(_room(out, sizes, len(todo) - sample))} to come")
     _write(env, batch)
 
 # %% ../nbs/04_store.ipynb #e563d9ca
