@@ -264,6 +264,7 @@ def test_killed_anywhere_and_resumed_is_the_same(tmp_path):
     assert kills >= 10 and resumed.hash == whole.hash and resumed.index.equals(whole.index)
     assert sorted(f.name for f in resumed.path.iterdir()) == sorted(f.name for f in whole.path.iterdir())
     resumed.check()
+    assert entries(resumed) == entries(whole)
 
 
 def impatient(manifest, out):
