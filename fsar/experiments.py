@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'Data', 'dataset_kind', 'manifest', 'manifest_hash', 'prepare_data',
-           'prepare_rendered', 'noted', 'training_episodes', 'table_of', 'clips_of', 'model_for', 'validator', 'Tables',
-           'tables_of', 'Tested', 'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command',
+           'prepare_rendered', 'noted', 'apart', 'training_episodes', 'table_of', 'clips_of', 'model_for', 'validator',
+           'Tables', 'tables_of', 'Tested', 'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command',
            'git_state', 'versions', 'machine', 'peak_memory', 'data_numbers', 'provenance', 'measured', 'selected_on',
            'now', 'episode_batch', 'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim',
-           'check_kind', 'clear', 'check_names', 'run', 'produce', 'execute', 'render', 'evaluate_checkpoint',
-           'load_runs', 'compare_runs']
+           'check_kind', 'clear', 'check_names', 'run', 'produce', 'execute', 'render', 'checkpoint_of',
+           'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -60,7 +60,7 @@ def manifest(config: Config, *, progress: bool = True):  # -> the manifest and t
 def _rendered(preset: Any, progress: bool) -> Path:  # fsar.motions.MotionsConfig
     "The folder of a rendered benchmark in the cache, complete."
     from fsar.motions import render_dataset
-    root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(dataclasses.asdict(preset))[:12]}"
+    root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(preset.to_dict())[:12]}"
     with writing(root): root.mkdir(parents=True, exist_ok=True)
     return render_dataset(root, preset, progress=progress)
 
@@ -80,8 +80,10 @@ def prepare_data(config: Config, *, progress: bool = True) -> Data:
 
 def prepare_rendered(preset: Any,  # fsar.motions.MotionsConfig, for instance a preset with a dial turned
                      *, short_side: int = 72, progress: bool = True) -> Data:
-    "Render `preset` into the cache and prepare it."
-    return prepare_data(Config(dataset=str(_rendered(preset, progress)), short_side=short_side, size=min(64, short_side)), progress=progress)
+    "Render `preset` into the cache and prepare it; takes of one recording have it as their source."
+    from fsar.motions import RECORDING
+    source = RECORDING if preset.takes > 1 else ""
+    return prepare_data(Config(dataset=str(_rendered(preset, progress)), source=source, short_side=short_side, size=min(64, short_side)), progress=progress)
 
 def _name(config: Config, root: Path) -> str:
     "The data set's name: a folder's own, whatever the path to it."
@@ -107,21 +109,35 @@ def noted() -> Iterator[list[str]]:
         notes.append(text)
         print(f"note: {text}", file=sys.stderr)
 
+# %% ../nbs/41_experiments.ipynb #d0b3f58e
+def apart(config: Config) -> bool:
+    "Whether no query shares a recording with its support: as `groups` says where a benchmark's lists tell the recordings, always elsewhere."
+    from fsar.splits import BENCHMARKS
+    benchmark = BENCHMARKS.get(config.dataset)
+    if benchmark is None: return True
+    if config.groups and not benchmark.source:
+        raise FsarError(f"{config.dataset} has no groups: its lists do not tell what a clip was cut from. --groups is for {', '.join(k for k, b in BENCHMARKS.items() if b.source)}")
+    return config.groups or not benchmark.source
+
 # %% ../nbs/41_experiments.ipynb #f376c0f7
 EVALUATION_SEEDS = {"test": 0, "val": 1, "train": 2}
 
-def training_episodes(config: Config, data: Data, model: Any) -> Any:  # fsar.episodes.EpisodeClips
+def training_episodes(config: Config, data: Data, model: Any, *, blind: bool = False  # to recordings, whatever the configuration says
+                      ) -> Any:  # fsar.episodes.EpisodeClips
     "The episodes that a run trains on, with as many frames as its model takes."
     from fsar.augment import TrainTransform
     from fsar.episodes import EpisodeClips, EpisodeSampler
-    sampler = EpisodeSampler(data.store, "train", ways=config.ways, shots=config.shots, queries=config.queries, seed=config.seed)
+    sampler = EpisodeSampler(data.store, "train", ways=config.ways, shots=config.shots, queries=config.queries, seed=config.seed, apart=apart(config) and not blind)
     transform = TrainTransform(config.size, flip=config.flip, scale=(config.crop_scale, 1.0), jitter=config.jitter)
     return EpisodeClips(data.store, sampler, frames=model.clip_frames, transform=transform)
 
-def table_of(config: Config, data: Data, split: str, shots: int, episodes: int, pairs: Sequence[tuple[str, str]] | None = None) -> Any:  # EpisodeTable
+def table_of(config: Config, data: Data, split: str, shots: int, episodes: int, pairs: Sequence[tuple[str, str]] | None = None, *,
+             blind: bool = False  # to recordings, whatever the configuration says
+             ) -> Any:  # EpisodeTable
     "The episodes of a test; with `pairs`, two-way episodes of those classes."
     from fsar.episodes import EpisodeSampler, episode_table
-    sampler = EpisodeSampler(data.store, split, ways=2 if pairs else config.ways, shots=shots, queries=config.test_queries, seed=EVALUATION_SEEDS[split], pairs=pairs)
+    sampler = EpisodeSampler(data.store, split, ways=2 if pairs else config.ways, shots=shots, queries=config.test_queries, seed=EVALUATION_SEEDS[split], pairs=pairs,
+                             apart=apart(config) and not blind)
     return episode_table(sampler, episodes)
 
 def clips_of(config: Config, data: Data, rows: Any, model: Any) -> Any:  # fsar.episodes.VideoClips
@@ -459,8 +475,9 @@ def clear(out: Path, template: str) -> None:
 
 # %% ../nbs/41_experiments.ipynb #7304f473
 def check_names(config: Config) -> None:
-    "`FsarError` unless data set, method with its options, backbone and device exist."
+    "`FsarError` unless data set, its groups if asked for, method with its options, backbone and device exist."
     dataset_kind(config)
+    apart(config)
     from fsar.backbones import BACKBONES
     from fsar.model import parse_options
     from fsar.training import choose_device
@@ -535,7 +552,7 @@ def render(folder: str | Path) -> dict[str, Any]:  # headline and where the page
     page = to_html(folder / f"{state['template']}.ipynb", folder / "report.html")
     return {"report": str(page), "headline": read_json(folder / "metrics.json")["headline"]}
 
-def _checkpoint(place: str | Path) -> tuple[Path, dict[str, Any]]:
+def checkpoint_of(place: str | Path) -> tuple[Path, dict[str, Any]]:
     "The folder of weights that `place` (a run or a checkpoint) means, and the configuration of the run it belongs to, if any."
     place = Path(place)
     if not place.is_dir(): raise FsarError(f"no such folder: {place}. Name a run's output folder or a checkpoint's")
@@ -551,7 +568,7 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     "Test a saved model; what `changes` does not name is as it was in training."
     from fsar.checkpoints import load_model
     from fsar.training import choose_device, choose_precision
-    weights, known = _checkpoint(place)
+    weights, known = checkpoint_of(place)
     model = load_model(weights)
     if not known and "dataset" not in changes: raise FsarError(f"{weights} does not say which data it was trained on: name some with --dataset")
     config = Config.from_dict({**known, **changes, "method": model.config["method"], "frames": model.config["frames"]})
