@@ -436,7 +436,7 @@ def difference_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
 # %% ../nbs/42_comparison.ipynb #4db5d712
 def setup_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     "Data, backbone, training and test that all rows share, and the rows."
-    from fsar.reports import drawn_from, leak_note, pairs_table
+    from fsar.reports import drawn_from, leak_note, pairs_table, recordings
     c, data = metrics["config"], metrics["data"]
     r = next(row["results"][0] for row in metrics["rows"].values() if row["results"])
     sizes = [f"{name} {len(data['classes'][s])} classes, {drawn_from(data, s)}" for s, name in (("train", "base"), ("val", "validation"), ("test", "novel")) if s in data["classes"] and s in data["videos"]]
@@ -444,7 +444,7 @@ def setup_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     return pairs_table({"rows": "; ".join(f"{label}: {row['row']}" if label != row["row"] else label for label, row in metrics["rows"].items()), "seeds": metrics["seeds"],
                         "data": f"{data['name']}: {'; '.join(sizes)}", "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}", "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",
                         "training": f"{c['episodes']:,} episodes, {c['ways']}-way {c['shots']}-shot, {c['queries']} queries a class; {c['optimizer']}, learning rate {c['lr']:g}, {c['schedule']}; the same for all rows",
-                        "weights tested": chosen, "test": f"{r['episodes']:,} episodes for each number of shots, {r['queries']} queries a class, drawn from {drawn_from(data, r['split'])}; the same episodes for all rows and seeds{leak_note(metrics)}"})
+                        "weights tested": chosen, "test": f"{r['episodes']:,} episodes for each number of shots, {r['queries']} queries a class, drawn from {drawn_from(data, r['split'])}; the same episodes for all rows and seeds{leak_note(metrics)}"} | recordings(metrics))
 
 # %% ../nbs/42_comparison.ipynb #64e6be32
 def table_note(metrics: Mapping[str, Any]) -> str:

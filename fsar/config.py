@@ -31,6 +31,7 @@ class Config:
     val_classes: tuple[str, ...] = _help((), "patterns of validation classes")
     test_classes: tuple[str, ...] = _help((), "patterns of novel classes")
     source: str = _help("", "regular expression whose first group is a video's source; support and query never share one")
+    groups: bool = _help(False, "benchmarks whose lists tell what each clip was cut from (ucf101, hmdb51): keep a query and its support from different recordings; off, as in the literature; a folder's own --source rule always keeps them apart")
     store: str = _help("", "folder for the prepared frames; empty: in fsar's cache")
     short_side: int = _help(72, "short side of the stored frames, pixels")
     max_frames: int = _help(64, "stored frames per video, evenly spread (0: all)")

@@ -147,11 +147,14 @@ def read_json(path: str | Path) -> Any:
 # %% ../nbs/00_core.ipynb #0e4bf0aa
 def sha256_file(path: str | Path) -> str:
     "SHA-256 of a file's bytes, as hex."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20): digest.update(chunk)
+    return digest.hexdigest()
 
 def sha256_json(value: Any) -> str:
     "SHA-256 of a JSON value, whatever the order of its keys."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogateescape")).hexdigest()  # file names need not be UTF-8
 
 def sha256_arrays(*arrays: np.ndarray) -> str:
     "SHA-256 of arrays: type, shape and values."

@@ -7,8 +7,8 @@ __all__ = ['CLOSE', 'UNTRIMMED', 'Data', 'dataset_kind', 'manifest', 'rendered',
            'prepare_rendered', 'open_data', 'drawn_from', 'class_table', 'split_table', 'Checked', 'check_store',
            'remarks', 'prepared', 'told']
 
-# %% ../nbs/09_datasets.ipynb #37edb6a2
-import contextlib, dataclasses, os, sys, warnings
+# %% ../nbs/09_datasets.ipynb #af252bb5
+import contextlib, os, sys, warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ def manifest(config: Config, *, progress: bool = True):  # -> the manifest and t
 def rendered(preset: Any, progress: bool = True) -> Path:  # fsar.motions.MotionsConfig
     "The folder of a rendered benchmark in the cache, complete."
     from fsar.motions import render_dataset
-    root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(dataclasses.asdict(preset))[:12]}"
+    root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(preset.to_dict())[:12]}"
     with writing(root): root.mkdir(parents=True, exist_ok=True)
     return render_dataset(root, preset, progress=progress)
 
@@ -90,8 +90,10 @@ def prepare_data(config: Config, *, progress: bool = True, **how: Any  # quality
 
 def prepare_rendered(preset: Any,  # fsar.motions.MotionsConfig, for instance a preset with a dial turned
                      *, short_side: int = 72, progress: bool = True) -> Data:
-    "Render `preset` into the cache and prepare it."
-    return prepare_data(Config(dataset=str(rendered(preset, progress)), short_side=short_side, size=min(64, short_side)), progress=progress)
+    "Render `preset` into the cache and prepare it; takes of one recording have it as their source."
+    from fsar.motions import RECORDING
+    source = RECORDING if preset.takes > 1 else ""
+    return prepare_data(Config(dataset=str(rendered(preset, progress)), source=source, short_side=short_side, size=min(64, short_side)), progress=progress)
 
 # %% ../nbs/09_datasets.ipynb #eeb87d89
 def _name(config: Config, root: Path) -> str:
@@ -108,7 +110,7 @@ def _prepared(config: Config, table: Any, root: Path, progress: bool, how: Mappi
     table.attrs["origin"] = {"name": _name(config, root), "rendered": (root / "motions.json").exists()}
     return prepare(table, path, **settings, **how, progress=progress), digest
 
-# %% ../nbs/09_datasets.ipynb #05676c3d
+# %% ../nbs/09_datasets.ipynb #e0a10344
 def open_data(config: Config) -> Data:
     "The data set in the store `config.dataset`; `FsarError` where the configuration asks for other frames or splits than it has."
     from fsar.motions import pairs
@@ -118,7 +120,7 @@ def open_data(config: Config) -> Data:
         raise FsarError(f"{config.dataset} holds frames with a short side of {store.settings['short_side']} pixels, the configuration says {config.short_side}: add --short-side {store.settings['short_side']}")
     for name in ("videos", "splits", "source", "store", "train_classes", "val_classes", "test_classes", "train_size"):
         if getattr(config, name): raise FsarError(f"--{name.replace('_', '-')} has no meaning with the prepared store {config.dataset}: it was settled when that was prepared")
-    return Data(store.origin.get("name", store.path.name), store, pairs() if store.origin.get("rendered") else (), (), store.settings["manifest"])
+    return Data(store.name, store, pairs() if store.origin.get("rendered") else (), (), store.settings["manifest"])
 
 # %% ../nbs/09_datasets.ipynb #a6fc6bc9
 def drawn_from(there: int, listed: int) -> str:
@@ -218,7 +220,7 @@ def remarks(store: Any) -> list[str]:
     if len(still): texts.append(f"{len(still):,} videos have a single frame, e.g. {still.iloc[0]}")
     return texts
 
-# %% ../nbs/09_datasets.ipynb #202c17fd
+# %% ../nbs/09_datasets.ipynb #3738adcd
 def prepared(config: Config, *, progress: bool = True, **how: Any) -> dict[str, Any]:
     "Prepare a data set and tell all about it as JSON values; `classes.csv` in the store has every class."
     import time
@@ -236,7 +238,7 @@ def _plain(value: Any) -> Any: return value.item() if hasattr(value, "item") els
 
 def _save_classes(store: Any, table: Any) -> None:
     from fsar.core import atomic_path
-    with atomic_path(store.path / "classes.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n")
+    with atomic_path(store.path / "classes.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n", errors="surrogateescape")
 
 # %% ../nbs/09_datasets.ipynb #f64a5832
 def told(found: Mapping[str, Any], most: int = 8) -> str:

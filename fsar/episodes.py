@@ -108,10 +108,12 @@ class EpisodeSampler:
                  shots: int | tuple[int, int],  # for each class; (lowest, highest) draws it per class
                  queries: int,  # for each class
                  seed: int,
-                 pairs: Sequence[tuple[str, str]] | None = None  # two-way episodes of these classes only
+                 pairs: Sequence[tuple[str, str]] | None = None,  # two-way episodes of these classes only
+                 apart: bool = True  # support and query of a class never share a source; False: drawn as if no source were known
                  ) -> None:
         "`FsarError` when the split has too few classes, or a class too few videos or sources."
-        self.pool, self.ways, self.queries, self.seed = class_pool(videos, split), ways, queries, seed
+        self.pool, self.ways, self.queries, self.seed, self.apart = class_pool(videos, split), ways, queries, seed, apart
+        self.dealt = self.pool.sources if apart else tuple(np.arange(len(rows)) for rows in self.pool.rows)  # what support and query do not share
         self.shots = (shots, shots) if isinstance(shots, (int, np.integer)) else tuple(shots)
         self.pairs = None if pairs is None else _pair_indices(self.pool, pairs, ways)
         _check_numbers(self)
@@ -122,7 +124,7 @@ class EpisodeSampler:
         rng = generator(self.seed, epoch, index)
         classes = self._classes(rng)
         shots = rng.integers(*self.shots, size=self.ways, endpoint=True)
-        drawn = [draw(self.pool.sources[c], k, self.queries, rng) for c, k in zip(classes, shots)]
+        drawn = [draw(self.dealt[c], k, self.queries, rng) for c, k in zip(classes, shots)]
         support, query = ([self.pool.rows[c][one[side]] for c, one in zip(classes, drawn)] for side in (0, 1))
         ways = np.arange(self.ways)
         return Episode(classes, np.concatenate(support), ways.repeat(shots), np.concatenate(query), ways.repeat(self.queries))
@@ -143,17 +145,17 @@ def _check_numbers(s: EpisodeSampler) -> None:
 def _check_classes(s: EpisodeSampler, quarantine: pd.DataFrame | None) -> None:
     "`FsarError` naming the classes that cannot give `shots` supports and `queries` queries."
     serving = range(len(s.pool.names)) if s.pairs is None else np.unique(s.pairs)
-    poor = [c for c in serving if not separable(0, np.bincount(s.pool.sources[c]).tolist(), s.shots[1], s.queries)]
+    poor = [c for c in serving if not separable(0, np.bincount(s.dealt[c]).tolist(), s.shots[1], s.queries)]
     if poor:
-        more = f"\n… and {len(poor) - 5} more" if len(poor) > 5 else ""
-        raise FsarError(f"{s.shots[1]} shots and {s.queries} queries a class need {s.shots[1] + s.queries} videos, support and query from different "
-                        f"sources. Too few in split {s.pool.split!r}:\n" + "\n".join(_shortage(s.pool, c, quarantine) for c in poor[:5]) + more
+        more, rule = f"\n… and {len(poor) - 5} more" if len(poor) > 5 else "", ", support and query from different sources" if s.apart else ""
+        raise FsarError(f"{s.shots[1]} shots and {s.queries} queries a class need {s.shots[1] + s.queries} videos{rule}. "
+                        f"Too few in split {s.pool.split!r}:\n" + "\n".join(_shortage(s, c, quarantine) for c in poor[:5]) + more
                         + "\nAsk for fewer shots or queries, add videos, or leave these classes out.")
 
 # %% ../nbs/06_episodes.ipynb #828c7cbe
-def _shortage(pool: ClassPool, c: int, quarantine: pd.DataFrame | None) -> str:
+def _shortage(s: EpisodeSampler, c: int, quarantine: pd.DataFrame | None) -> str:
     "What a class has, in words."
-    sizes = sorted(np.unique(pool.sources[c], return_counts=True)[1].tolist())
+    pool, sizes = s.pool, sorted(np.unique(s.dealt[c], return_counts=True)[1].tolist())
     total = sum(sizes)
     text = f"  class {pool.names[c]!r}: {total} video{'s' * (total != 1)}"
     if len(sizes) < total: text += f" from {len(sizes)} source{'s' * (len(sizes) != 1)} (largest {sizes[-1]})"
@@ -179,7 +181,7 @@ class EpisodeTable:
     query: np.ndarray  # (E, Q)
     query_labels: np.ndarray  # (E, Q)
     classes: np.ndarray  # (E, N) index of the class in the split
-    info: Mapping[str, Any]  # split, class_names, ways, shots, queries, seed, epoch, videos (hash)
+    info: Mapping[str, Any]  # split, class_names, ways, shots, queries, seed, epoch, videos (hash); apart, False, where support and query may share a source
 
     def __len__(self) -> int: return len(self.classes)
 
@@ -231,7 +233,7 @@ def episode_table(sampler: EpisodeSampler, count: int, *, epoch: int = 0) -> Epi
             array[i, :len(values)] = values
     info = dict(split=sampler.pool.split, class_names=list(sampler.pool.names), ways=ways, shots=[int(k) for k in sampler.shots],
                 queries=sampler.queries, seed=sampler.seed, epoch=epoch, videos=sampler.pool.videos)
-    return EpisodeTable(**arrays, info=info)
+    return EpisodeTable(**arrays, info=info if sampler.apart else info | {"apart": False})
 
 # %% ../nbs/06_episodes.ipynb #53f1f84a
 def write_table(table: EpisodeTable, path: str | Path) -> None:

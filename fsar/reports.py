@@ -6,8 +6,8 @@
 __all__ = ['INK', 'MUTED', 'ACCENT', 'DASHES', 'PIXELS_PER_INCH', 'LIGHT_GREYS', 'set_style', 'save_figure', 'show_figure',
            'percent', 'verdict', 'selection_note', 'leak_note', 'drawn_from', 'method_name', 'headline', 'banner',
            'reading', 'direction', 'headline_table', 'show_table', 'pairs_table', 'origin', 'question', 'setup',
-           'duration', 'training_figure', 'rates', 'worst_pairs', 'confusion_figure', 'class_figure', 'reversed_figure',
-           'reversed_comparison_figure', 'alignment_figure']
+           'recordings', 'duration', 'training_figure', 'rates', 'worst_pairs', 'confusion_figure', 'class_figure',
+           'reversed_figure', 'reversed_comparison_figure', 'alignment_figure']
 
 # %% ../nbs/40_reports.ipynb #d349e1d8
 import io
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .matching import Matcher, alignment
+from .splits import BENCHMARKS
 
 # %% ../nbs/40_reports.ipynb #ff730779
 INK, MUTED, ACCENT = "#222222", "#888888", "#0173b2"
@@ -169,9 +170,14 @@ def setup(metrics: Mapping[str, Any]) -> pd.DataFrame:
             "method": " ".join([method_name(c), *c["options"]]), "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}; {training['parameters']:,} parameters in all",
             "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",
             "training": f"{training['episodes']:,} episodes, {c['ways']}-way {c['shots']}-shot, {c['queries']} queries a class; {c['optimizer']}, learning rate {c['lr']:g}, {c['schedule']}; {training['precision']}, {duration(training['seconds'])}",
-            "weights tested": training["selection"] + _selected(training["validation"]), "test": f"{metrics['results'][0]['episodes']:,} episodes for each number of shots, {c['test_queries']} queries a class",
-            "machine": metrics["device"]}
-    return pairs_table(rows)
+            "weights tested": training["selection"] + _selected(training["validation"]), "test": f"{metrics['results'][0]['episodes']:,} episodes for each number of shots, {c['test_queries']} queries a class"}
+    return pairs_table(rows | recordings(metrics) | {"machine": metrics["device"]})
+
+def recordings(metrics: Mapping[str, Any]) -> dict[str, str]:
+    "A row for the set-up where a benchmark's lists tell what its clips were cut from; none for other data."
+    benchmark = BENCHMARKS.get(metrics["data"].get("benchmark"))
+    if benchmark is None or not benchmark.source: return {}
+    return {"query and support from different recordings": "yes" if metrics["config"]["groups"] else "no, as in the literature"}
 
 def _selected(validation: Mapping[str, Any]) -> str:
     "The accuracy that chose the weights, where there was one."

@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 
 from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, size_text, track, write_json, writing
-from .decoding import decode_many
+from .decoding import _stamp, decode_many
 
 # %% ../nbs/04_store.ipynb #6093f092
 def unpack(block: bytes | memoryview,  # what `pack` made
@@ -142,17 +142,12 @@ def _reopen(out: Path, settings: dict[str, Any]) -> None:
         write_json(out / "settings.json", settings)
 
 # %% ../nbs/04_store.ipynb #78bf261f
-def _stamp(path: str) -> dict[str, int]:
-    try: status = os.stat(path)
-    except OSError: return {"size": -1, "mtime": -1}
-    return {"size": status.st_size, "mtime": status.st_mtime_ns}
-
 def _holds(record: dict | None, path: str) -> bool:
     "Whether a record still describes the file at `path`."
     if record is None: return False
     now = _stamp(path)
     if record["size"] != now["size"]: return False
-    return record["mtime"] == now["mtime"] or record.get("file") == sha256_file(path)
+    return record["mtime"] == now["mtime"] or os.path.isfile(path) and record.get("file") == sha256_file(path)  # a pipe would block
 
 # %% ../nbs/04_store.ipynb #efce0369
 SAMPLE, RESERVE = 24, 64 << 20  # videos that the estimate is made from; bytes that stay free on the disk
@@ -210,7 +205,7 @@ def _tables(manifest: pd.DataFrame, records: list[dict]) -> dict[str, pd.DataFra
 def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any], origin: dict[str, Any]) -> None:
     "Write the tables and the mark of completion."
     for name, table in tables.items():
-        with atomic_path(out / f"{name}.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n")
+        with atomic_path(out / f"{name}.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n", errors="surrogateescape")
     content = [settings, tables["index"].to_numpy().tolist(), tables["quarantine"].video.tolist()]
     write_json(out / "store.json", {"settings": settings, "hash": sha256_json(content), "bytes": (out / "frames.lmdb").stat().st_size, "origin": origin,
                                     **{name: sha256_file(out / f"{name}.csv") for name in tables}})
@@ -246,10 +241,10 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
             _fill(env, out, manifest, options, workers or _cores(), progress)
             _forget_others(env, manifest.video)
             _finish(out, _tables(manifest, _records(env, manifest.video)), settings, manifest.attrs.get("origin", {}))
+    elif changed := _changed(out, manifest):
+        raise FsarError(f"{len(changed)} videos have changed since {out} was prepared, e.g. {changed[0]}: "
+                        "bring it in step with --update (update=True), choose another folder, or delete this one")
     store = open_store(out)
-    changed = _changed(out, manifest)
-    if changed: raise FsarError(f"{len(changed)} videos have changed since {out} was prepared, e.g. {changed[0]}: "
-                                "bring it in step with --update (update=True), choose another folder, or delete this one")
     if len(store.quarantine): warnings.warn(QuarantineWarning(_describe(store)), stacklevel=2)
     return store
 
@@ -281,6 +276,11 @@ class Store:
     def __len__(self) -> int: return len(self.index)
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self)} of {self.settings['videos'] + len(self.missing)} videos, {self.index['class'].nunique()} classes, short side {self.settings['short_side']})"
+
+    @property
+    def name(self) -> str:
+        "What the data set is called: as it was prepared, a benchmark's key, or its folder's name."
+        return self.origin.get("name") or self.settings.get("benchmark") or self.path.name
 
     @functools.cached_property
     def _keys(self) -> list[bytes]: return [_key(v) for v in self.index.video]
@@ -346,7 +346,7 @@ def original(store: Store, row: int) -> tuple[str | None, bool]:  # its path, No
 def _read_csv(path: Path, digest: str) -> pd.DataFrame:
     if not path.is_file() or sha256_file(path) != digest: raise FsarError(f"{path} is missing or damaged: delete {path.parent} and prepare it again")
     text = dict.fromkeys(["video", "path", "class", "split", "source", "reason", "digest", "hint"], str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, encoding_errors="surrogateescape")
 
 def open_store(path: str | Path) -> Store:
     "Open a finished store. FsarError when there is none, it is unfinished or damaged."

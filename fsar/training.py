@@ -270,7 +270,7 @@ def seen(config: Config, episodes: Dataset) -> list[dict[str, Any]]:
     "What weights trained on `episodes` will have seen: data sets and classes, after those of the weights that the training starts from."
     pool, store = getattr(getattr(episodes, "sampler", None), "pool", None), getattr(episodes, "store", None)
     if pool is None: return trained_on(config.weights)
-    name = getattr(store, "origin", {}).get("name") or Path(config.dataset).name
+    name = getattr(store, "name", None) or Path(config.dataset).name
     size = {k: v for k, v in getattr(store, "settings", {}).items() if k == "train_size"}
     return [*trained_on(config.weights), {"dataset": name, "classes": list(pool.names), **size}]
 

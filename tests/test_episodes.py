@@ -106,6 +106,50 @@ def test_support_and_query_never_share_a_source(recordings):
     assert all(not set(source[e.support]) & set(source[e.query]) for e in map(sampler, range(200)))
 
 
+def test_blind_episodes_meet_a_source_as_often_as_expected_and_never_a_video_twice():
+    table = videos(recordings=4)                                       # 4 recordings of 3 videos: 2 of the 11 others share a query's
+    source = table["source"].to_numpy()
+    met = {}
+    for shots in (1, 3):
+        blind, apart = (EpisodeSampler(table, "test", ways=5, shots=shots, queries=4, seed=0, apart=on) for on in (False, True))
+        drawn = [blind(i) for i in range(1500)]
+        assert all(len(set(e.rows)) == len(e.rows) for e in drawn)
+        assert not any(set(source[e.support]) & set(source[e.query]) for e in map(apart, range(200)))
+        met[shots] = np.mean([source[q] in source[e.support] for e in drawn for q in e.query])  # sources are a class's own here
+    assert abs(met[1] - 2 / 11) < 0.015 and abs(met[3] - (1 - 9 * 8 * 7 / (11 * 10 * 9))) < 0.015
+
+
+def test_blind_draws_are_those_of_a_table_without_sources():
+    "And so those of any table whose videos are all from sources of their own, whether blind or not."
+    make = lambda table, on: EpisodeSampler(table, "test", ways=4, shots=(1, 3), queries=2, seed=3, apart=on)
+    samplers = [make(videos(recordings=3), False), make(videos(), False), make(videos(), True)]
+    assert all(same(samplers[0](i), s(i)) for s in samplers[1:] for i in range(50))
+
+
+def test_one_seed_asks_blind_and_apart_the_same_but_for_those_who_give_way():
+    table = videos(recordings=4)
+    source = table["source"].to_numpy()
+    blind, apart = (EpisodeSampler(table, "test", ways=3, shots=1, queries=4, seed=0, apart=on) for on in (False, True))
+    for b, a in ((blind(i), apart(i)) for i in range(100)):
+        assert np.array_equal(b.classes, a.classes) and np.array_equal(b.support, a.support)
+        for way in range(3):
+            asked = b.query[b.query_labels == way]
+            clear = asked[source[asked] != source[b.support[way]]]
+            assert np.array_equal(a.query[a.query_labels == way][:len(clear)], clear)
+
+
+def test_blind_classes_need_videos_and_no_sources():
+    EpisodeSampler(videos(recordings=1), "test", ways=5, shots=7, queries=5, seed=0, apart=False)
+    with pytest.raises(FsarError, match="13 videos[.] Too few") as caught: EpisodeSampler(videos(recordings=1), "test", ways=5, shots=7, queries=6, seed=0, apart=False)
+    assert "class 'a': 12 videos\n" in str(caught.value) and "source" not in str(caught.value)
+
+
+def test_only_a_blind_table_says_so():
+    tables = {on: episode_table(EpisodeSampler(videos(recordings=4), "test", ways=3, shots=1, queries=2, seed=0, apart=on), 30) for on in (True, False)}
+    assert "apart" not in tables[True].info and tables[False].info["apart"] is False and tables[True].hash != tables[False].hash
+    assert set(tables[True].info) == {"split", "class_names", "ways", "shots", "queries", "seed", "epoch", "videos"}  # as before there was a choice: the hashes stay
+
+
 def test_unequal_shots_reach_both_ends():
     sampler = EpisodeSampler(videos(), "test", ways=4, shots=(1, 5), queries=1, seed=0)
     assert {int(n) for i in range(100) for n in np.bincount(sampler(i).support_labels)} == {1, 2, 3, 4, 5}

@@ -258,11 +258,11 @@ def full_weights(tmp_path):
 
 @pytest.fixture(scope="module")
 def small_store(clips, tmp_path_factory):
-    "SSv2-Small's test classes, two videos each."
+    "SSv2-Small's test classes and a few of its base classes, two videos each."
     root = tmp_path_factory.mktemp("small")
-    side = load_split("ssv2_small", "test")
-    for k in range(24):
-        for i in np.flatnonzero(side.labels == k)[:2]:
+    for name, classes in (("test", 24), ("train", 5)):
+        side = load_split("ssv2_small", name)
+        for i in [i for k in range(classes) for i in np.flatnonzero(side.labels == k)[:2]]:
             path = root / "videos" / f"{side.videos[i]}.webm"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(clips[i % len(clips)])

@@ -179,7 +179,7 @@ def test_odd_settings_render():
 
 @pytest.mark.parametrize("field, value, accepted", [
     ("size", 81, "even"), ("frames", 1, "at least 2"), ("misalignment", 2, "0 to 1"), ("background", "beach", "gradient"), ("radius", (0.3, 0.2), "ascending"),
-    ("distractors", -1, "0 or more"), ("videos_per_class", 0, "at least 1"), ("classes", ("grow", "move_rigth"), "Did you mean 'move_right'?")])
+    ("distractors", -1, "0 or more"), ("takes", 0, "at least 1"), ("videos_per_class", 0, "at least 1"), ("classes", ("grow", "move_rigth"), "Did you mean 'move_right'?")])
 def test_wrong_settings_are_named(field, value, accepted):
     with pytest.raises(FsarError) as e: MotionsConfig(name="mine", **{field: value})
     assert accepted in str(e.value) and (field in str(e.value) or field == "classes")
@@ -187,6 +187,53 @@ def test_wrong_settings_are_named(field, value, accepted):
 
 def test_an_unknown_class_is_named():
     with pytest.raises(FsarError, match="no class 'spilt'. Did you mean 'split'"): render("spilt", 0)
+
+
+# ---- takes
+
+TAKES = replace(MINI, takes=3)
+
+
+@pytest.mark.parametrize("name", ["fetch", "roll_left", "swap"])
+def test_takes_share_all_that_is_looked_at_and_differ_in_time(name):
+    calm = replace(TAKES, shake=0, misalignment=1, frames=60)
+    clips = [render(name, k, calm)[::-1 if CLASSES[name].backwards else 1] for k in range(6)]
+    fixed = CLASSES[name].name != "swap"                               # its side is each take's own, seen once it moves
+    for a, b, together in ((0, 1, True), (1, 2, True), (2, 3, False), (0, 5, False)):
+        assert (clips[a][0] == clips[b][0]).all() == together          # nothing has begun
+        assert (clips[a] != clips[b]).any()
+    assert all((clips[0][-1] == clips[k][-1]).all() for k in (1, 2)) or not fixed
+
+
+def test_the_first_take_is_the_video_of_that_number_without_takes():
+    assert all((render("push", k, TAKES) == render("push", k)).all() == (k % 3 == 0) for k in range(7))
+
+
+def test_a_shaking_camera_leaves_the_background_as_it_is():
+    "Takes see the same picture through windows a few pixels apart."
+    config = replace(TAKES, shake=0.05, background="texture", contrast=0.5, distractors=0, radius=(0.01, 0.01))
+    a, b = (render("grow", k, config)[0, :, :, 0].astype(int) for k in (0, 1))
+    shifts = [(y, x) for y in range(-12, 13) for x in range(-12, 13)]
+    middle = lambda picture, y=0, x=0: picture[14 + y:32 + y, 14 + x:66 + x]  # above the body
+    assert min(np.abs(middle(a) - middle(b, y, x)).max() for y, x in shifts) <= 1
+    other = render("grow", 3, config)[0, :, :, 0].astype(int)
+    assert min(np.abs(middle(a) - middle(other, y, x)).max() for y, x in shifts) > 10
+
+
+def test_files_of_takes_tell_the_recording(tmp_path):
+    from fsar.motions import RECORDING
+    from fsar.splits import folder_manifest
+    config = replace(TINY, videos_per_class=5, takes=2)
+    root = render_dataset(tmp_path / "takes", config, workers=1, progress=False)
+    assert sorted(p.name for p in (root / "rise").iterdir()) == [f"rise_g{g:02d}_c{c:02d}.mp4" for g, c in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))]
+    manifest = folder_manifest(root, source=RECORDING)
+    assert manifest[manifest["class"] == "rise"]["source"].str[-3:].tolist() == ["g01", "g01", "g02", "g02", "g03"] and manifest["source"].nunique() == 9
+    with pytest.raises(FsarError, match="takes=2 there, None wanted"): render_dataset(root, replace(config, takes=1), progress=False)
+
+
+def test_a_single_take_leaves_no_trace_in_what_is_hashed_and_stored(tiny):
+    assert "takes" not in read_json(tiny / "motions.json")["config"] and "takes" not in MINI.to_dict() and replace(MINI, takes=2).to_dict()["takes"] == 2
+    assert set(MINI.to_dict()) | {"takes"} == set(MINI.__dataclass_fields__)
 
 
 # ---- files

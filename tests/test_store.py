@@ -443,6 +443,18 @@ def test_update_takes_in_a_file_that_was_mended(tmp_path):
     assert not len(mended.quarantine) and mended.hash == prepare(manifest_of(root), tmp_path / "fresh", **SETTINGS).hash
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    root = make_videos(tmp_path / "in")
+    odd = os.fsdecode(os.fsencode(root / "a") + b"/caf\xe9.mp4")
+    shutil.copy(root / "a" / "a_0.mp4", odd)
+    Path(os.fsdecode(os.fsencode(root / "c") + b"/\xff.mp4")).write_text("no video")
+    with pytest.warns(QuarantineWarning): store = prepare(manifest_of(root), tmp_path / "out", **SETTINGS)
+    again = open_store(tmp_path / "out")
+    assert len(again) == 10 and os.fsdecode(b"a/caf\xe9") in list(again.index.video) and list(again.quarantine.video) == [os.fsdecode(b"c/\xff")]
+    again.check()
+    assert torch.equal(again.frames(list(again.index.video).index(os.fsdecode(b"a/caf\xe9")), [0]), store.frames(list(again.index.video).index("a/a_0"), [0]))
+
+
 def test_update_of_other_settings_is_refused(videos, copy):
     with pytest.raises(FsarError, match=r"short_side=32 \(asked: 40\)"): prepare(manifest_of(videos), copy, update=True, **{**SETTINGS, "short_side": 40})
 
