@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'DATA', 'TEST', 'DATA_COMMANDS', 'FAMILIES', 'COMMANDS', 'ABOUT', 'grouped', 'options', 'switch', 'word',
-           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'About', 'Check', 'Compare', 'Claims', 'Groups',
-           'Sizes', 'Data', 'parse', 'plain', 'main']
+           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Show', 'About', 'Check', 'Compare', 'Claims',
+           'Groups', 'Sizes', 'Data', 'parse', 'plain', 'main']
 
 # %% ../nbs/50_cli.ipynb #7d4ec1d6
 import contextlib, dataclasses, io, itertools, json, re, sys, warnings
@@ -183,6 +183,30 @@ class Prepare(Command):
 
 # %% ../nbs/50_cli.ipynb #86f7f491
 @dataclass(kw_only=True)
+class Show(Command):
+    """Draw a contact sheet of a prepared store: a few frames of every video of a class, or of some videos of every class, as a picture and as a page whose videos play.
+
+    For example: fsar data show stores/ucf101 --split test --out sheets"""
+    store: word("folder of a prepared store", "STORE")
+    out: Annotated[str, tyro.conf.arg(help="folder for the .png and the .html")]
+    split: Annotated[Literal["train", "val", "test"] | None, tyro.conf.arg(help="one side only", help_behavior_hint="(default: all)")] = None
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", help="one or several classes", help_behavior_hint="(default: all)")] = ()
+    videos: Annotated[int | None, tyro.conf.arg(metavar="INT", help="videos of each class", help_behavior_hint="(default: 24 of a single class, else 4)")] = None
+    frames: Annotated[int, tyro.conf.arg(help="frames of each video, evenly spread")] = 6
+    height: Annotated[int, tyro.conf.arg(help="of a frame, pixels")] = 72
+    limit: Annotated[int, tyro.conf.arg(help="videos on a sheet; what it leaves out is said")] = 300
+    overwrite: switch("replace the sheet that is in --out") = False
+
+    def run(self) -> dict[str, Any]:
+        from fsar.sheets import write_sheet
+        from fsar.store import open_store
+        choice = {k: getattr(self, k) for k in ("split", "videos", "frames", "height", "limit")}
+        with _spoken_warnings(): picture, page = write_sheet(open_store(self.store), self.out, classes=list(self.classes) or None, overwrite=self.overwrite, **choice)
+        return {"picture": str(picture), "page": str(page)}
+
+    def words(self, result: dict[str, Any]) -> str: return f"picture: {result['picture']}\npage: {result['page']}"
+
+@dataclass(kw_only=True)
 class About(Command):
     """How to obtain a public benchmark: source, size, licence, commands, and the layouts that are understood."""
     name: word("ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100 or kinetics100-molo", "BENCHMARK")
@@ -302,7 +326,7 @@ class Sizes(Command):
 class Data(Command):
     """Prepare, check and look at data sets: fsar data --help"""
 
-DATA_COMMANDS = {"prepare": Prepare, "check": Check, "about": About}
+DATA_COMMANDS = {"about": About, "prepare": Prepare, "check": Check, "show": Show}
 FAMILIES = {"data": (DATA_COMMANDS, "Get videos ready for training, and see what is there. A first look: fsar data prepare motions-mini")}  # first word → its commands
 COMMANDS = {"data": Data, "train": Train, "test": Test, "report": Report, "compare": Compare, "claims": Claims, "groups": Groups, "sizes": Sizes, "import": Import}
 ABOUT = "Few-shot action recognition from video: train on base classes, recognise new ones from one or a few examples.\n\n" \

@@ -73,9 +73,8 @@ def _share(sizes: Sequence[int], asked: int, limit: int) -> int:
 # %% ../nbs/08_sheets.ipynb #156b331d
 def left_out(store: Store, split: str | None = None, classes: Sequence[str] = ()) -> pd.DataFrame:  # columns video, class, split, reason
     "The videos of these classes that cannot be used or were not found."
-    missing = getattr(store, "missing", None)
-    parts = [store.quarantine] if missing is None else [store.quarantine, missing.assign(reason="not found" + missing.note.map(lambda n: f": {n}" if n else ""))]
-    table = pd.concat(parts)[["video", "class", "split", "reason"]].reset_index(drop=True)
+    missing = store.missing.assign(reason="not found" + store.missing.hint.map(lambda hint: f": {hint}" if hint else "").astype(str))
+    table = pd.concat([store.quarantine, missing])[["video", "class", "split", "reason"]].reset_index(drop=True)
     return table[table.split.eq(split) | (split is None)][lambda t: t["class"].isin(classes) | (not classes)]
 
 # %% ../nbs/08_sheets.ipynb #19e77bba
@@ -248,7 +247,7 @@ def _heading(name: str, facts: str, width: int) -> Image.Image:
 def _absences(absent: pd.DataFrame, width: int) -> Image.Image:
     "The list of videos that are left out, one a line."
     lines = [line(f"{a.video} ({a.split}): {a.reason}", width) for a in absent.head(LISTED[0]).itertuples()]
-    if len(absent) > len(lines): lines.append(line(f"… and {len(absent) - len(lines):,} more: quarantine.csv in the store's folder has them all", width, colour=MUTED))
+    if len(absent) > len(lines): lines.append(line(f"… and {len(absent) - len(lines):,} more: quarantine.csv and missing.csv in the store's folder have them all", width, colour=MUTED))
     return join([_heading("Not in the store", _of(len(absent), len(absent), "video"), width), *lines], 2, down=True)
 
 # %% ../nbs/08_sheets.ipynb #3f20d0b7

@@ -187,7 +187,7 @@ def test_errors_say_what_would_be_accepted(store, tmp_path, asked, words):
 def test_quarantine_and_missing_are_listed(store):
     assert left_out(store).video.tolist() == ["b/broken_1", "d/broken_2"] and left_out(store, "test").video.tolist() == ["d/broken_2"]
     assert left_out(store, "train", ["a"]).empty
-    object.__setattr__(more := replace(store), "missing", pd.DataFrame([("c/gone", "c", "test", "seen as c/gone.txt"), ("a/lost", "a", "train", "")], columns=["video", "class", "split", "note"]))
+    more = replace(store, missing=pd.DataFrame([("c/gone", "c", "test", "seen as c/gone.txt"), ("a/lost", "a", "train", "")], columns=["video", "class", "split", "hint"]))
     assert left_out(more).reason.tolist()[2:] == ["not found: seen as c/gone.txt", "not found"]
     text = Page(plan(more).page()).text
     assert all(v in text for v in ("b/broken_1", "d/broken_2", "c/gone", "seen as", "4 videos")) and "a/lost" not in Page(plan(more, split="test").page()).text
