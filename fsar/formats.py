@@ -492,7 +492,7 @@ def format_table(written: Written, forms: Sequence[Format], grades: Mapping[str,
         "lowest": rates[f.name].min(), "highest": rates[f.name].max(), "× decord": ratio[f.name].median(), "least ×": ratio[f.name].min(), **grades[f.name],
         "write s": written.seconds.get(f.stored, 0.0), "random": f.keeping.random, "equal": readers.equal.get(f.name)} for f in forms}).T.infer_objects()
 
-# %% ../nbs/05_formats.ipynb #81524522
+# %% ../nbs/05_formats.ipynb #c462529f
 MEGABYTES, SPEED = 2.0, 5.0  # what the store promises: at most so many MB a video on average; at least so many times decord's clips per second
 FAMILIES = {"originals": "#555555", "fsar.store": "#d1495b", "JPEG": "#2a6fbb", "WebP": "#8f6bb3", "intra": "#2e8b57", "raw": "#c9841d"}  # first word of a name → colour
 
@@ -516,7 +516,7 @@ def formats_figure(table: pd.DataFrame) -> "Figure":  # of `measure_formats`
 def _free_height(taken: list[tuple[float, float]], x: float, y: float) -> float:
     "Where a label fits: as high as the point, or above the labels of its neighbours."
     for a, b in sorted(taken, key=lambda place: place[1]):
-        if 0.2 < a / x < 5 and y < 1.14 * b: y = max(y, 1.14 * b) if y > b / 1.14 else y
+        if 0.2 < a / x < 5 and b / 1.14 < y < 1.14 * b: y = 1.14 * b
     taken.append((x, y))
     return y
 
