@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'DATA', 'TEST', 'DATA_COMMANDS', 'FAMILIES', 'COMMANDS', 'ABOUT', 'grouped', 'options', 'switch', 'word',
-           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Show', 'About', 'Check', 'Compare', 'Claims',
-           'Groups', 'Sizes', 'Data', 'parse', 'plain', 'main']
+           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Show', 'Unpack', 'About', 'Check', 'Compare',
+           'Claims', 'Groups', 'Sizes', 'Data', 'parse', 'plain', 'main']
 
 # %% ../nbs/50_cli.ipynb #7d4ec1d6
 import contextlib, dataclasses, io, itertools, json, re, sys, warnings
@@ -207,6 +207,27 @@ class Show(Command):
     def words(self, result: dict[str, Any]) -> str: return f"picture: {result['picture']}\npage: {result['page']}"
 
 @dataclass(kw_only=True)
+class Unpack(Command):
+    """Unpack .zip, .tar, .tar.gz and .rar archives: all members or none. Each member is checked before anything is written; nothing is ever overwritten.
+
+    Parts of a split archive are given together, in their order. Archives inside the archive are unpacked too (HMDB51 has one for each class).
+    For example: fsar data unpack UCF101.rar --out videos/ucf101"""
+    archives: word("the archive, or the parts of one", "ARCHIVE", tuple[str, ...])
+    out: Annotated[str, tyro.conf.arg(help="folder for the members; made if missing")]
+    max_gb: Annotated[float, tyro.conf.arg(help="refuse archives that unpack to more, GB")] = 1000.0
+    outer: switch("keep archives inside the archive as they are") = False
+
+    def run(self) -> dict[str, Any]:
+        from fsar.archives import unpack
+        if not self.archives: raise FsarError("name the archive to unpack, or the parts of one")
+        found = unpack(self.archives, self.out, max_bytes=int(self.max_gb * 1e9), nested=not self.outer)
+        return {"out": self.out, "outcomes": json.loads(found.to_json(orient="records"))}
+
+    def words(self, result: dict[str, Any]) -> str:
+        from fsar.core import size_text
+        return "\n".join([*(f"{o['archive']}: {o['outcome']}, {o['files']:,} files, {size_text(o['bytes'])}" for o in result["outcomes"]), f"in {result['out']}"])
+
+@dataclass(kw_only=True)
 class About(Command):
     """How to obtain a public benchmark: source, size, licence, commands, and the layouts that are understood."""
     name: word("ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100 or kinetics100-molo", "BENCHMARK")
@@ -326,7 +347,7 @@ class Sizes(Command):
 class Data(Command):
     """Prepare, check and look at data sets: fsar data --help"""
 
-DATA_COMMANDS = {"about": About, "prepare": Prepare, "check": Check, "show": Show}
+DATA_COMMANDS = {"about": About, "unpack": Unpack, "prepare": Prepare, "check": Check, "show": Show}
 FAMILIES = {"data": (DATA_COMMANDS, "Get videos ready for training, and see what is there. A first look: fsar data prepare motions-mini")}  # first word → its commands
 COMMANDS = {"data": Data, "train": Train, "test": Test, "report": Report, "compare": Compare, "claims": Claims, "groups": Groups, "sizes": Sizes, "import": Import}
 ABOUT = "Few-shot action recognition from video: train on base classes, recognise new ones from one or a few examples.\n\n" \

@@ -200,7 +200,7 @@ def _close(pool: list[Worker], threads: list[threading.Thread], answers: queue.Q
 
 # %% ../nbs/04_decoding.ipynb #94b5d7d7
 def pack(frames: np.ndarray,  # uint8 (F, H, W, 3)
-         quality: int = 95    # JPEG quality, 1..100
+         quality: int = 90    # JPEG quality, 1..100
          ) -> bytes:
     "A video's frames as one block: uint32 F, F lengths, then F JPEG files, their colour at full resolution."
     jpegs = [_jpeg(frame, quality) for frame in frames]

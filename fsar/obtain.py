@@ -87,8 +87,7 @@ HMDB51 = Origin(
     archives=("hmdb51_org.rar",), download_gb=2, unpacked_gb=2,
     sizes="official page: about 2 GB; GluonCV: 2.1 GB; FiftyOne, unpacked: 2.16 GB",
     videos=6_766, frames="240 pixels high, width by the film's shape; 30 frames a second, a few seconds", folder="videos/hmdb51",
-    steps=("wget https://serre-lab.clps.brown.edu/wp-content/uploads/2013/10/hmdb51_org.rar", "fsar data unpack hmdb51_org.rar --out hmdb51_classes",
-           'for class in hmdb51_classes/*.rar; do fsar data unpack "$class" --out videos/hmdb51; done'),
+    steps=("wget https://serre-lab.clps.brown.edu/wp-content/uploads/2013/10/hmdb51_org.rar", "fsar data unpack hmdb51_org.rar --out videos/hmdb51"),
     layouts=(
         ("as the inner archives unpack", ("brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi", "cartwheel/(Rad)Schlag_die_Bank!_cartwheel_f_cm_np1_le_med_0.avi",
                                           "shake_hands/Jay_Leno_@_David_Letterman_shake_hands_f_cm_np2_le_med_0.avi")),
@@ -97,8 +96,8 @@ HMDB51 = Origin(
         ("all in one folder", ("April_09_brush_hair_u_nm_np1_ba_goo_0.avi", "(Rad)Schlag_die_Bank!_cartwheel_f_cm_np1_le_med_0.avi"))),
     copies=(("a copy as .zip on Hugging Face (4.25 GB)", "https://huggingface.co/datasets/MichiganNLP/hmdb"),),
     notes=("A .rar needs unrar, 7z or bsdtar on your machine; without them take the .zip.",
-           "hmdb51_org.rar holds one .rar for each class: unpack the outer one, then each inner one. "
-           "You need the 2 GB three times until you delete the archives.",
+           "hmdb51_org.rar holds one .rar for each class; fsar data unpack opens these too and does not keep them. "
+           "You need the 2 GB three times while it works.",
            "Names hold ! ( ) # [ ] & + ; ~ @. Quote them in a shell, and take a tool's wildcards for [ ] into account. "
            "Some programs drop such characters when they unpack or re-encode; fsar then matches by letters and digits, and says so.",
            "The official page speaks of 6,849 clips; the archive has 6,766, as many as the lists."))
@@ -175,7 +174,7 @@ def _key(benchmark: str) -> str:
     return key
 
 # %% ../nbs/02_obtain.ipynb #9b5193d7
-STORE_MB = 2.5  # reckoned for a stored video of up to 64 frames, short side 256, JPEG quality 95
+STORE_MB = 1.8  # reckoned for a stored video of up to 64 frames, short side 256, JPEG quality 90
 
 def listed(benchmark: str) -> int:
     "How many videos a benchmark's lists name, in their longest version."

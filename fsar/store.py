@@ -7,15 +7,14 @@ __all__ = ['FILES', 'SAMPLE', 'RESERVE', 'COMMIT', 'INDEX', 'QUARANTINE', 'MISSI
            'Store', 'split', 'classes', 'summary', 'listed', 'check', 'blocks', 'original', 'open_store']
 
 # %% ../nbs/04_store.ipynb #6e2b67e4
-import contextlib, functools, hashlib, io, json, os, shutil, time, warnings
+import contextlib, functools, hashlib, json, os, shutil, time, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lmdb
+import lmdb, simplejpeg
 import numpy as np, pandas as pd, torch
-from PIL import Image
 
 from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, size_text, track, write_json, writing
 from .decoding import _stamp, decode_many
@@ -23,14 +22,17 @@ from .decoding import _stamp, decode_many
 # %% ../nbs/04_store.ipynb #6093f092
 def unpack(block: bytes | memoryview,  # what `pack` made
            indices: Sequence[int]      # frames wanted; may repeat
-           ) -> torch.Tensor:          # uint8 (T, 3, H, W)
-    "Cut frames out of a block and decode them; a frame that is asked for twice is decoded once."
+           ) -> torch.Tensor:          # uint8 (T, 3, H, W), the colours of a pixel side by side in memory
+    "Cut frames out of a block and decode them; a frame that is asked for twice is decoded once. ValueError for a damaged block."
     count = int(np.frombuffer(block, "<u4", 1)[0])
-    ends = 4 * (count + 1) + np.cumsum(np.frombuffer(block, "<u4", count + 1)) - count  # the first entry is F itself: take it out again
+    edges = 4 * (count + 1) + np.cumsum([0, *np.frombuffer(block, "<u4", count, 4)])  # (F + 1,) where each file begins, and the end
     wanted, position = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     if not len(wanted) or wanted[0] < 0 or wanted[-1] >= count: raise IndexError(f"frames {list(indices)} asked of a video of {count}")
-    frames = np.stack([Image.open(io.BytesIO(block[ends[k]:ends[k + 1]])) for k in wanted])  # (U, H, W, 3)
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)[position.reshape(-1)]))
+    files = [block[edges[k]:edges[k + 1]] for k in wanted]
+    height, width, *_ = simplejpeg.decode_jpeg_header(files[0])
+    frames = np.empty((len(files), height, width, 3), np.uint8)
+    for file, frame in zip(files, frames): simplejpeg.decode_jpeg(file, buffer=frame)
+    return torch.from_numpy(frames if len(wanted) == len(position) and (np.diff(position) == 1).all() else frames[position.reshape(-1)]).permute(0, 3, 1, 2)
 
 # %% ../nbs/04_store.ipynb #1ad8c712
 FILES = ("settings.json", "frames.lmdb", "frames.lmdb-lock", "index.csv", "quarantine.csv", "missing.csv", "classes.csv", "store.json", ".lock")
@@ -224,7 +226,7 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
             out: str | Path,                 # folder of the store; made, resumed or reused
             *, short_side: int,              # pixels of the shorter side of the stored frames
             max_frames: int | None = 64,     # at most so many frames a video, evenly spread; None keeps all
-            quality: int = 95,               # of the JPEG frames, 1..100
+            quality: int = 90,               # of the JPEG frames, 1..100
             workers: int | None = None,      # decoding processes; None: one for each CPU core
             timeout: float = 60.0,           # seconds for one video
             update: bool = False,            # bring a store of the same settings in step with a changed list or changed files; nothing may read it meanwhile

@@ -81,7 +81,7 @@ def test_frames_are_those_of_the_files(store, videos):
         original, info = decode_all(videos / f"{store.index.video[row]}.mp4", short_side=32)
         stored = store.frames(row, range(len(original))).movedim(1, -1).numpy()
         assert stored.shape == original.shape == (store.index.frames[row], 32, 43, 3) and info.frames == store.index.decoded[row]
-        assert np.square(stored.astype(float) - original).mean() < 6  # above 40 dB
+        assert np.square(stored.astype(float) - original).mean() < 20  # above 35 dB
 
 
 def test_any_order_and_repetition(store):
@@ -345,7 +345,7 @@ def test_made_again_in_the_same_place(tmp_path):
 
 WRONG = {
     "other settings": (lambda m, s, t: prepare(m, s, **{**SETTINGS, "short_side": 40}), r"holds a store with short_side=32 \(asked: 40\): choose another"),
-    "other quality": (lambda m, s, t: prepare(m, s, **SETTINGS, quality=80), r"quality=95 \(asked: 80\)"),
+    "other quality": (lambda m, s, t: prepare(m, s, **SETTINGS, quality=80), r"quality=90 \(asked: 80\)"),
     "other videos": (lambda m, s, t: prepare(m.head(4), s, **SETTINGS), r"another list of videos \(9 there, 4 asked"),
     "someone's files": (lambda m, s, t: ((t / "mine.txt").touch(), prepare(m, t, **SETTINGS)), r"holds other files \(e.g. mine.txt\)"),
     "the videos' folder": (lambda m, s, t: prepare(m, Path(m.path[0]).parents[1], **SETTINGS), r"holds other files \(e.g. a\)"),
