@@ -77,7 +77,7 @@ def _share(sizes: Sequence[int], asked: int, limit: int) -> int:
     "How many videos of each class, at most `asked`, keep a sheet within `limit`; 1 even if they do not."
     return max((n for n in range(1, min(asked, max(sizes)) + 1) if sum(min(n, size) for size in sizes) <= limit), default=1)
 
-# %% ../nbs/08_sheets.ipynb #683eeee8
+# %% ../nbs/08_sheets.ipynb #3c18e68a
 LIMIT = 300         # videos on a sheet
 FEW, MANY = 4, 24   # videos of each class unless asked otherwise: where several classes are shown, where one is
 RANGES = {"videos": (1, 10_000), "frames": (1, 64), "height": (16, 1024), "limit": (1, 10_000)}
@@ -112,7 +112,7 @@ def plan(store: Store, *,
     shown = tuple(Section(name, side, _choose(rows, each, key(k)), len(rows)) for k, ((side, name), rows) in enumerate(list(groups.items())[:limit]))
     cut = _cut(shown, groups, min(each, limit), asked, limit)
     if cut: warnings.warn(SheetWarning(cut), stacklevel=3)
-    title = " · ".join([store.path.name, *filter(None, [split]), *([_some(classes, 3)] if classes else [])])
+    title = " · ".join([store.name, *filter(None, [split]), *([_some(classes, 3)] if classes else [])])
     return Sheet(store, title, shown, left_out(store, split, classes), frames, height, cut)
 
 # %% ../nbs/08_sheets.ipynb #0a692088
@@ -198,7 +198,7 @@ def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
     caption = join([line(name, width - room - 8), line(facts, room, colour=MUTED)], 8, down=False)
     return join([picture, caption], 3, down=True)
 
-# %% ../nbs/08_sheets.ipynb #06ec9acb
+# %% ../nbs/08_sheets.ipynb #c52c0b36
 WIDTH, MARGIN = 1840, 24  # pixels: a sheet grows no wider unless one strip is
 
 @extend(Sheet)
@@ -207,8 +207,8 @@ def notes(self) -> list[str]:
     shown, there = (sum(n) for n in zip(*((len(s.rows), s.usable) for s in self.sections)))
     counts = f"{_of(shown, there, 'video')} of {len(self.sections)} class{'' if len(self.sections) == 1 else 'es'}; up to {self.frames} frames of each, from first to last."
     more = "More of one class:" if len(self.sections) > 1 else "More of it, with a larger number of videos:"
-    if shown < there: counts += f" {more} fsar data show {self.store.path.name} --class NAME --out FOLDER"
-    return [counts, *filter(None, [self.cut])]
+    hint = f"{more} fsar data show {self.store.path.name} --class NAME --out FOLDER" if shown < there else ""
+    return [counts, *filter(None, [hint, self.cut])]
 
 @extend(Sheet)
 def picture(self) -> Image.Image:
