@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'FEW', 'MANY', 'RANGES', 'INK', 'MUTED', 'PAPER', 'GAP', 'WIDTH', 'MARGIN', 'LISTED', 'STYLE', 'PAGE',
-           'VIEWS', 'Section', 'SheetWarning', 'left_out', 'Sheet', 'plan', 'readable', 'shorten', 'line', 'join',
+           'VIEWS', 'left_out', 'Section', 'SheetWarning', 'Sheet', 'plan', 'readable', 'shorten', 'line', 'join',
            'strip', 'notes', 'picture', 'contact_sheet', 'jpegs', 'page', 'write_sheet']
 
 # %% ../nbs/08_sheets.ipynb #94b18544
@@ -22,6 +22,13 @@ from .core import FsarError, atomic_path, extend, generator, nearest, writing
 from .splits import SPLITS, _some
 from .store import Store, _reader
 from .video import spread
+
+# %% ../nbs/08_sheets.ipynb #53182aae
+def left_out(store: Store, split: str | None = None, classes: Sequence[str] = ()) -> pd.DataFrame:  # columns video, class, split, reason
+    "The videos of these classes that cannot be used or were not found."
+    missing = store.missing.assign(reason=["not found" + (f": {hint}" if hint else "") for hint in store.missing.hint])
+    table = pd.concat([store.quarantine, missing])[["video", "class", "split", "reason"]].astype(str).reset_index(drop=True)
+    return table[table.split.eq(split) | (split is None)][lambda t: t["class"].isin(classes) | (not classes)]
 
 # %% ../nbs/08_sheets.ipynb #b98d9f50
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ def _choose(rows: np.ndarray, count: int, key: tuple[int, ...] | None) -> np.nda
     if key is None or len(rows) <= count: return rows[spread(len(rows), count)]
     return np.sort(generator(*key).choice(rows, count, replace=False))
 
-# %% ../nbs/08_sheets.ipynb #e14a271c
+# %% ../nbs/08_sheets.ipynb #3f3b79b2
 def _groups(store: Store, split: str | None, classes: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
     "(split, class) → rows of the store, train before val before test."
     if split is not None: store.split(split)
@@ -56,9 +63,9 @@ def _groups(store: Store, split: str | None, classes: Sequence[str]) -> dict[tup
 
 def _absent(store: Store, split: str | None, name: str) -> str:
     "Why there is no video of a class to show."
-    sides, out = store.index.split[store.index["class"] == name].unique(), store.quarantine[store.quarantine["class"] == name]
+    sides, out = store.index.split[store.index["class"] == name].unique(), left_out(store, classes=[name])
     if len(sides): return f"class {name!r} of {store.path} is in {' and '.join(sides)}, not in {split}"
-    if len(out): return f"class {name!r} of {store.path} has no usable video: all {len(out)} are in quarantine, e.g. {out.path.iloc[0]}: {out.reason.iloc[0]}"
+    if len(out): return f"class {name!r} of {store.path} has no video to show: all {len(out)} are left out, e.g. {out.video.iloc[0]}: {out.reason.iloc[0]}"
     known = list(store.index["class"].unique())
     return f"{store.path} has no class {name!r}.{nearest(name, known)} Classes: {_some(known)}"
 
@@ -70,14 +77,7 @@ def _share(sizes: Sequence[int], asked: int, limit: int) -> int:
     "How many videos of each class, at most `asked`, keep a sheet within `limit`; 1 even if they do not."
     return max((n for n in range(1, min(asked, max(sizes)) + 1) if sum(min(n, size) for size in sizes) <= limit), default=1)
 
-# %% ../nbs/08_sheets.ipynb #156b331d
-def left_out(store: Store, split: str | None = None, classes: Sequence[str] = ()) -> pd.DataFrame:  # columns video, class, split, reason
-    "The videos of these classes that cannot be used or were not found."
-    missing = store.missing.assign(reason="not found" + store.missing.hint.map(lambda hint: f": {hint}" if hint else "").astype(str))
-    table = pd.concat([store.quarantine, missing])[["video", "class", "split", "reason"]].reset_index(drop=True)
-    return table[table.split.eq(split) | (split is None)][lambda t: t["class"].isin(classes) | (not classes)]
-
-# %% ../nbs/08_sheets.ipynb #19e77bba
+# %% ../nbs/08_sheets.ipynb #3c18e68a
 LIMIT = 300         # videos on a sheet
 FEW, MANY = 4, 24   # videos of each class unless asked otherwise: where several classes are shown, where one is
 RANGES = {"videos": (1, 10_000), "frames": (1, 64), "height": (16, 1024), "limit": (1, 10_000)}
@@ -108,10 +108,11 @@ def plan(store: Store, *,
     groups = _groups(store, split, classes)
     asked = videos or (MANY if len(groups) == 1 else FEW)
     each = _share([len(rows) for rows in groups.values()], asked, limit)
-    shown = tuple(Section(name, side, _choose(rows, each, None if seed is None else (seed, k)), len(rows)) for k, ((side, name), rows) in enumerate(groups.items()) if k < limit)
+    key = lambda k: None if seed is None else (seed, k)
+    shown = tuple(Section(name, side, _choose(rows, each, key(k)), len(rows)) for k, ((side, name), rows) in enumerate(list(groups.items())[:limit]))
     cut = _cut(shown, groups, min(each, limit), asked, limit)
     if cut: warnings.warn(SheetWarning(cut), stacklevel=3)
-    title = " · ".join([store.path.name, *filter(None, [split]), *([_some(classes, 3)] if classes else [])])
+    title = " · ".join([store.name, *filter(None, [split]), *([_some(classes, 3)] if classes else [])])
     return Sheet(store, title, shown, left_out(store, split, classes), frames, height, cut)
 
 # %% ../nbs/08_sheets.ipynb #0a692088
@@ -197,7 +198,7 @@ def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
     caption = join([line(name, width - room - 8), line(facts, room, colour=MUTED)], 8, down=False)
     return join([picture, caption], 3, down=True)
 
-# %% ../nbs/08_sheets.ipynb #06ec9acb
+# %% ../nbs/08_sheets.ipynb #c52c0b36
 WIDTH, MARGIN = 1840, 24  # pixels: a sheet grows no wider unless one strip is
 
 @extend(Sheet)
@@ -206,8 +207,8 @@ def notes(self) -> list[str]:
     shown, there = (sum(n) for n in zip(*((len(s.rows), s.usable) for s in self.sections)))
     counts = f"{_of(shown, there, 'video')} of {len(self.sections)} class{'' if len(self.sections) == 1 else 'es'}; up to {self.frames} frames of each, from first to last."
     more = "More of one class:" if len(self.sections) > 1 else "More of it, with a larger number of videos:"
-    if shown < there: counts += f" {more} fsar data show {self.store.path.name} --class NAME --out FOLDER"
-    return [counts, *filter(None, [self.cut])]
+    hint = f"{more} fsar data show {self.store.path.name} --class NAME --out FOLDER" if shown < there else ""
+    return [counts, *filter(None, [hint, self.cut])]
 
 @extend(Sheet)
 def picture(self) -> Image.Image:

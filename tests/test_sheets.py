@@ -173,7 +173,7 @@ def test_the_limit_holds_and_is_said(store, limit, shown):
     ({"classes": "aa"}, ["no class 'aa'", "Did you mean 'a'?", "a, b, c"]),
     ({"classes": ["a", "nonsense"]}, ["no class 'nonsense'"]),
     ({"split": "test", "classes": "a"}, ["'a'", "in train", "not in test"]),
-    ({"classes": "d"}, ["no usable video", "1 are in quarantine", "13.mp4"]),
+    ({"classes": "d"}, ["no video to show", "all 1 are left out", "d/broken_2"]),
     ({"videos": 0}, ["videos", "from 1", "not 0"]), ({"frames": 65}, ["frames", "64", "65"]), ({"height": 3.5}, ["height", "3.5"]), ({"limit": -1}, ["limit", "-1"])])
 def test_errors_say_what_would_be_accepted(store, tmp_path, asked, words):
     for draw in (contact_sheet, lambda store, **k: write_sheet(store, tmp_path / "new", **k)):
