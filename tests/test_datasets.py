@@ -211,3 +211,33 @@ def test_real_clips_as_partial_benchmarks(real_clips, tmp_path, capsys):
         assert f"{len(files[benchmark])} originals decoded again, 0 of them to other pictures" in capsys.readouterr().out
         store = open_store(tmp_path / f"{benchmark}.store")
         assert (store.index.decoded > 40).all() and (store.index.height.where(store.index.height < store.index.width, store.index.width) == 128).all()
+
+
+# the other commands of the family
+
+def test_unpack_prepare_show_from_an_archive(folder, tmp_path, capsys):
+    shutil.make_archive(str(tmp_path / "clips"), "gztar", folder.parent, folder.name)
+    assert cli.main(["data", "unpack", str(tmp_path / "clips.tar.gz"), "--out", str(tmp_path / "videos")]) == 0
+    assert "unpacked, 8 files" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", str(tmp_path / "videos" / folder.name), "--train-classes", "rise", "--test-classes", "grow", "--short-side", "32", "--out", str(tmp_path / "store")]) == 0
+    capsys.readouterr()
+    words = ["data", "show", str(tmp_path / "store"), "--class", "grow", "--out", str(tmp_path / "sheets")]
+    assert cli.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Path(told["picture"]).read_bytes()[:4] == b"\x89PNG" and "grow_3" in Path(told["page"]).read_text() and "rise_0" not in Path(told["page"]).read_text()
+    assert cli.main(words) == 2 and "is there already" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+
+
+def test_unpack_refuses_and_writes_nothing(tmp_path, capsys):
+    import zipfile
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive: archive.writestr("../../outside.mp4", b"x")
+    assert cli.main(["data", "unpack", str(tmp_path / "bad.zip"), "--out", str(tmp_path / "deep" / "out")]) == 2
+    assert "outside.mp4" in capsys.readouterr().err and [p.name for p in tmp_path.rglob("*")] == ["bad.zip"]
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51", "ssv2-full", "ssv2-small", "kinetics100"])
+def test_about_names_source_licence_and_commands(name, capsys):
+    assert cli.main(["data", "about", name]) == 0
+    text = capsys.readouterr().out
+    assert all(w in text for w in ("official page:", "licence:", "disk:", f"fsar data prepare {name.replace('-', '_')}" if f"prepare {name}" not in text else f"prepare {name}", "--videos"))
