@@ -148,7 +148,7 @@ def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: ex
         if not odd and asked and record["status"] == "finished" and record["episodes"] != {name: t.hash for name, t in questions(asked).items()}: odd = ["test episodes"]
         if odd: found[file] = _listed(odd)
     if state.exists():
-        theirs, ours = read_json(state).get("training", {}).get("settings", {}), training_settings(job.config, data)
+        theirs, ours = {**Config().to_dict(), **read_json(state).get("training", {}).get("settings", {})}, training_settings(job.config, data)  # newer fields count with their defaults
         odd = [k for k in ours if theirs.get(k) != ours[k] and (data or k != "data")]
         if odd: found[state.parent.parent] = _listed(odd)
     return found

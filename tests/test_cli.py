@@ -57,7 +57,7 @@ def test_help_comes_at_once_and_without_torch():
     (["train", "--ways", "five"], "--ways"),
     (["train", "--optimizer", "adm"], "invalid choice 'adm' for argument '--optimizer'. Expected one of ('adam', 'adamw', 'sgd')"),
     (["data", "prepare", "motions", "mini"], "unknown word 'mini' after fsar data prepare"),
-    (["data", "motions-mini"], "unknown command 'motions-mini' after fsar data. Commands: prepare, check"),
+    (["data", "motions-mini"], "unknown command 'motions-mini' after fsar data. Commands: about, unpack, prepare, check, show"),
     (["test"], "CHECKPOINT"),
     ([], "Expected one of"),
 ])
@@ -239,7 +239,7 @@ def test_testing_the_run_again_gives_its_numbers(finished, capsys):
     told, metrics = json.loads(capsys.readouterr().out), read_json(out / "metrics.json")
     assert told["results"][0]["accuracy"] == metrics["results"][0]["accuracy"] and told["results"][0]["table_hash"] == metrics["results"][0]["table_hash"]
     assert cli.main(["test", str(out / "checkpoints" / "last"), "--test-split", "val", "--ways", "3"]) == 0
-    assert re.fullmatch(r"protonet on tiny, 3-way 1-shot: .* of val classes; last weights, no selection\)", capsys.readouterr().out.splitlines()[0])
+    assert re.fullmatch(r"protonet on tiny, 3-way 1-shot: .* of val classes, drawn from \d+ of \d+ videos; last weights, no selection\)", capsys.readouterr().out.splitlines()[0])
 
 
 def test_report_renders_again(finished, capsys):

@@ -313,6 +313,19 @@ def test_other_episodes_and_other_trainings_are_no_results(made, tmp_path, base,
     assert not (out / "results" / "set-1.json").exists() and (out / "checkpoints" / "set-1").exists()
 
 
+def test_a_training_of_an_earlier_version_is_still_the_same(made, tmp_path, base, data, asked):
+    moved = copied(made, tmp_path, base)
+    file = Path(moved.out) / "checkpoints" / "protonet-0" / "last" / "model.json"
+    record = read_json(file)
+    for name in ("groups", "train_size", "sampler"): record["training"]["settings"].pop(name)  # fields that it did not know yet
+    write_json(file, record)
+    jobs = comparison.jobs_of(moved, parse_rows(ROWS[:1]), [0])
+    comparison.check_places(Path(moved.out), jobs, data, asked)
+    record["training"]["settings"]["groups"] = True
+    write_json(file, record)
+    with pytest.raises(FsarError, match=r"protonet-0 belongs to another configuration \(groups differ\)"): comparison.check_places(Path(moved.out), jobs, data, asked)
+
+
 def test_a_result_that_is_not_its_records_is_refused(made, tmp_path, base):
     moved = copied(made, tmp_path, base)
     file = Path(moved.out) / "results" / "set-0-test-5-way-1-shot.json"

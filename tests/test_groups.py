@@ -137,7 +137,7 @@ def report(tmp_path_factory):
 
 def test_the_whole_report_from_small_settings(report):
     out, metrics = report
-    assert metrics["data"] | {"name": "", "hash": ""} == {"name": "", "hash": "", "split": "test", "classes": 10, "videos": 120, "recordings": 60}
+    assert metrics["data"] | {"name": "", "hash": ""} == {"name": "", "hash": "", "split": "test", "classes": 10, "videos": 120, "listed": 120, "recordings": 60}
     for e in metrics["effects"]["protonet"]:
         assert e["episodes"] == 60 and np.isclose(e["difference"]["mean"], e["blind"]["mean"] - e["apart"]["mean"])
         assert np.isclose(e["share"], groups.shares([[2] * 6] * 10, shots=e["shots"])["queries"], atol=0.05)
