@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMIT', 'FEW', 'MANY', 'RANGES', 'INK', 'MUTED', 'PAPER', 'GAP', 'WIDTH', 'MARGIN', 'LISTED', 'STYLE', 'PAGE',
            'VIEWS', 'left_out', 'Section', 'SheetWarning', 'Sheet', 'plan', 'readable', 'shorten', 'line', 'join',
-           'strip', 'notes', 'picture', 'contact_sheet', 'jpegs', 'page', 'write_sheet']
+           'strip', 'notes', 'picture', 'contact_sheet', 'page', 'write_sheet']
 
 # %% ../nbs/08_sheets.ipynb #94b18544
 import base64, functools, io, math, re, textwrap, warnings
@@ -259,17 +259,6 @@ def contact_sheet(store: Store,
     return plan(store, **choice).picture()
 
 # %% ../nbs/08_sheets.ipynb #9529cc89
-@extend(Store)
-def jpegs(self, row: int, indices: Sequence[int]) -> list[bytes]:
-    "Frames of one video as JPEG files, as they are stored. Errors as those of `frames`."
-    if not 0 <= row < len(self): raise IndexError(f"row {row} asked of a store of {len(self)} videos")
-    with _reader(str(self.path / "frames.lmdb")).begin() as transaction: block = transaction.get(self._keys[row] + b"f")
-    if block is None: raise FsarError(f"{self.path}: the frames of {self.index.video.iloc[row]!r} are damaged: delete the folder and prepare it again")
-    count = int(np.frombuffer(block, "<u4", 1)[0])
-    ends = 4 * (count + 1) + np.cumsum([0, *np.frombuffer(block, "<u4", count, 4)])
-    if not all(0 <= k < count for k in indices): raise IndexError(f"frames {list(indices)} asked of a video of {count}")
-    return [block[ends[k]:ends[k + 1]] for k in indices]
-
 def _uri(jpeg: bytes, height: int) -> str:
     "A frame as a data URI, scaled when it is more than twice as high as wanted."
     picture = Image.open(io.BytesIO(jpeg))

@@ -241,3 +241,15 @@ def test_about_names_source_licence_and_commands(name, capsys):
     assert cli.main(["data", "about", name]) == 0
     text = capsys.readouterr().out
     assert all(w in text for w in ("official page:", "licence:", "disk:", f"fsar data prepare {name.replace('-', '_')}" if f"prepare {name}" not in text else f"prepare {name}", "--videos"))
+
+
+def test_real_word_clips_prepared_checked_drawn(shared_dir, tmp_path, capsys):
+    root = shared_dir / "realdata" / "grid_words"
+    if not root.is_dir(): pytest.skip("the word clips are not at hand (../shared/realdata/grid_words)")
+    words = ["data", "prepare", str(root), "--train-classes", "letter_*", "command_*", "prep_*", "--val-classes", "color_*", "--test-classes", "adverb_*", "--source", r"(.+)_\d+$"]
+    assert cli.main([*words, "--short-side", "64", "--out", str(tmp_path / "store"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["videos"] == told["listed"] == 1960 and not told["unreadable"] and [row["classes"] for row in told["splits"]] == ["33 of 33", "4 of 4", "4 of 4"]
+    assert cli.main(["data", "check", str(tmp_path / "store")]) == 0
+    assert cli.main(["data", "show", str(tmp_path / "store"), "--out", str(tmp_path / "sheets"), "--json"]) == 0
+    assert Path(json.loads(capsys.readouterr().out.splitlines()[-1])["picture"]).stat().st_size > 100_000
