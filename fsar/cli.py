@@ -54,7 +54,7 @@ def options(title: str, names: Sequence[str], *, optional: bool = False, positio
 
 # %% ../nbs/50_cli.ipynb #3646c493
 DATA = ["dataset", "videos", "train_size", "splits", "train_classes", "val_classes", "test_classes", "source", "max_frames"]
-TEST = ["dataset", "videos", "splits", "test_classes", "source", "groups", "short_side", "size", "ways", "test_split", "test_shots", "test_queries", "test_episodes", "workers", "device"]
+TEST = ["dataset", "videos", "splits", "test_classes", "source", "short_side", "size", "ways", "test_split", "test_shots", "test_queries", "test_episodes", "workers", "device"]
 
 def switch(help: str) -> Any:
     "The type of a flag that is given or not."
@@ -104,11 +104,13 @@ class Test(Command):
     CHECKPOINT is a run's folder or a checkpoint's. What is not given is as it was in training."""
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT", help="a run's output folder, or the folder of a checkpoint (model.json, model.safetensors)")]]
     testing: options("testing", TEST, optional=True)
+    groups: switch("keep a query and its support from different recordings (ucf101, hmdb51); else as in training") = False
     allow_leak: switch("go on although the weights were trained on classes of this test; the result is labelled") = False
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments import evaluate_checkpoint
-        return evaluate_checkpoint(self.checkpoint, {k: v for k, v in vars(self.testing).items() if v is not None} | {"allow_leak": self.allow_leak})
+        changes = {k: v for k, v in vars(self.testing).items() if v is not None} | {"allow_leak": self.allow_leak} | ({"groups": True} if self.groups else {})
+        return evaluate_checkpoint(self.checkpoint, changes)
 
     def words(self, result: dict[str, Any]) -> str:
         from fsar.reports import headline
