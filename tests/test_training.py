@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -237,15 +238,15 @@ def test_tensorboard(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loading_overlaps_computing(tmp_path, workers):
-    "Each episode takes 30 ms to load (asleep) and each validation-free step 30 ms to compute (asleep): together less than one after the other."
+    "Each episode takes 60 ms to load (asleep) and each validation-free step 60 ms to compute (asleep): together clearly less than one after the other."
     class Slow(Episodes):
-        def __getitem__(self, index): time.sleep(0.03); return super().__getitem__(index)
+        def __getitem__(self, index): time.sleep(0.06); return super().__getitem__(index)
     marks = []
-    run(tmp_path, settings(episodes=40, tasks_per_step=1, validate_every=0, workers=workers), episodes=Slow(),
-        on_step=lambda step, row: (time.sleep(0.03), marks.append(time.perf_counter())))
-    compute = sum(b - a for a, b in zip(marks[10:], marks[11:])) / len(marks[11:])
-    alone = run(tmp_path / "alone", settings(episodes=40, tasks_per_step=1, validate_every=0)).seconds / 40
-    assert compute < 0.06 + alone - 0.01
+    run(tmp_path, settings(episodes=32, tasks_per_step=1, validate_every=0, workers=workers), episodes=Slow(),
+        on_step=lambda step, row: (time.sleep(0.06), marks.append(time.perf_counter())))
+    step = np.median(np.diff(marks[8:]))  # the median: other programs take the processor now and then
+    alone = run(tmp_path / "alone", settings(episodes=32, tasks_per_step=1, validate_every=0)).seconds / 32
+    assert step < 0.12 + alone - 0.03
 
 
 # ---- interrupted and on
