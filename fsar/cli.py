@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'DATA', 'TEST', 'DATA_COMMANDS', 'FAMILIES', 'COMMANDS', 'ABOUT', 'grouped', 'options', 'switch', 'word',
-           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Show', 'Unpack', 'About', 'Check', 'Compare',
+           'Command', 'Train', 'Test', 'Report', 'Import', 'Prepare', 'Unpack', 'Check', 'Show', 'About', 'Compare',
            'Claims', 'Groups', 'Sizes', 'Data', 'parse', 'plain', 'main']
 
 # %% ../nbs/50_cli.ipynb #7d4ec1d6
@@ -157,6 +157,16 @@ class Import(Command):
 
     def words(self, result: dict[str, Any]) -> str: return f"{result['report']}\ncheckpoint: {result['checkpoint']}"
 
+# %% ../nbs/50_cli.ipynb #57812a9b
+@contextlib.contextmanager
+def _spoken_warnings() -> Iterator[None]:
+    "Warnings as single lines on standard error."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try: yield
+        finally:
+            for w in caught: print(f"fsar: warning: {w.message}", file=sys.stderr)
+
 # %% ../nbs/50_cli.ipynb #e06d8e43
 @dataclass(kw_only=True)
 class Prepare(Command):
@@ -183,7 +193,45 @@ class Prepare(Command):
         from fsar.datasets import told
         return told(result)
 
+# %% ../nbs/50_cli.ipynb #9ef06c42
+@dataclass(kw_only=True)
+class Unpack(Command):
+    """Unpack .zip, .tar, .tar.gz and .rar archives: all members or none. Each member is checked before anything is written; nothing is ever overwritten.
+
+    Parts of a split archive are given together, in their order. Archives inside the archive are unpacked too (HMDB51 has one for each class).
+    For example: fsar data unpack UCF101.rar --out videos/ucf101"""
+    archives: word("the archive, or the parts of one", "ARCHIVE", tuple[str, ...])
+    out: Annotated[str, tyro.conf.arg(help="folder for the members; made if missing")]
+    max_gb: Annotated[float, tyro.conf.arg(help="refuse archives that unpack to more, GB")] = 1000.0
+    outer: switch("keep archives inside the archive as they are") = False
+
+    def run(self) -> dict[str, Any]:
+        from fsar.archives import unpack
+        if not self.archives: raise FsarError("name the archive to unpack, or the parts of one")
+        found = unpack(self.archives, self.out, max_bytes=int(self.max_gb * 1e9), nested=not self.outer)
+        return {"out": self.out, "outcomes": json.loads(found.to_json(orient="records"))}
+
+    def words(self, result: dict[str, Any]) -> str:
+        from fsar.core import size_text
+        return "\n".join([*(f"{o['archive']}: {o['outcome']}, {o['files']:,} files, {size_text(o['bytes'])}" for o in result["outcomes"]), f"in {result['out']}"])
+
 # %% ../nbs/50_cli.ipynb #86f7f491
+@dataclass(kw_only=True)
+class Check(Command):
+    """Is a prepared store still as it was? Compares all frames with their hashes, counts them, and decodes a sample of the originals again."""
+    store: word("folder of a prepared store", "STORE")
+    sample: Annotated[int, tyro.conf.arg(help="originals to decode again, spread over the store; 0 for none")] = 32
+
+    def run(self) -> dict[str, Any]:
+        from fsar.datasets import check_store
+        from fsar.store import open_store
+        store = open_store(self.store)
+        found = check_store(store, sample=self.sample)
+        return {"store": str(store.path), "hash": store.hash, "sound": found.sound, **dataclasses.asdict(found), "report": str(found)}
+
+    def words(self, result: dict[str, Any]) -> str: return f"{result['store']}: {'sound' if result['sound'] else 'NOT SOUND'}\n{result['report']}"
+
+# %% ../nbs/50_cli.ipynb #a022d865
 @dataclass(kw_only=True)
 class Show(Command):
     """Draw a contact sheet of a prepared store: a few frames of every video of a class, or of some videos of every class, as a picture and as a page whose videos play.
@@ -208,27 +256,7 @@ class Show(Command):
 
     def words(self, result: dict[str, Any]) -> str: return f"picture: {result['picture']}\npage: {result['page']}"
 
-@dataclass(kw_only=True)
-class Unpack(Command):
-    """Unpack .zip, .tar, .tar.gz and .rar archives: all members or none. Each member is checked before anything is written; nothing is ever overwritten.
-
-    Parts of a split archive are given together, in their order. Archives inside the archive are unpacked too (HMDB51 has one for each class).
-    For example: fsar data unpack UCF101.rar --out videos/ucf101"""
-    archives: word("the archive, or the parts of one", "ARCHIVE", tuple[str, ...])
-    out: Annotated[str, tyro.conf.arg(help="folder for the members; made if missing")]
-    max_gb: Annotated[float, tyro.conf.arg(help="refuse archives that unpack to more, GB")] = 1000.0
-    outer: switch("keep archives inside the archive as they are") = False
-
-    def run(self) -> dict[str, Any]:
-        from fsar.archives import unpack
-        if not self.archives: raise FsarError("name the archive to unpack, or the parts of one")
-        found = unpack(self.archives, self.out, max_bytes=int(self.max_gb * 1e9), nested=not self.outer)
-        return {"out": self.out, "outcomes": json.loads(found.to_json(orient="records"))}
-
-    def words(self, result: dict[str, Any]) -> str:
-        from fsar.core import size_text
-        return "\n".join([*(f"{o['archive']}: {o['outcome']}, {o['files']:,} files, {size_text(o['bytes'])}" for o in result["outcomes"]), f"in {result['out']}"])
-
+# %% ../nbs/50_cli.ipynb #e85c88c7
 @dataclass(kw_only=True)
 class About(Command):
     """How to obtain a public benchmark: source, size, licence, commands, and the layouts that are understood."""
@@ -239,31 +267,6 @@ class About(Command):
         return {"benchmark": self.name, "text": how_to_get(self.name)}
 
     def words(self, result: dict[str, Any]) -> str: return result["text"]
-
-@dataclass(kw_only=True)
-class Check(Command):
-    """Is a prepared store still as it was? Compares all frames with their hashes, counts them, and decodes a sample of the originals again."""
-    store: word("folder of a prepared store", "STORE")
-    sample: Annotated[int, tyro.conf.arg(help="originals to decode again, spread over the store; 0 for none")] = 32
-
-    def run(self) -> dict[str, Any]:
-        from fsar.datasets import check_store
-        from fsar.store import open_store
-        store = open_store(self.store)
-        found = check_store(store, sample=self.sample)
-        return {"store": str(store.path), "hash": store.hash, "sound": found.sound, **dataclasses.asdict(found), "report": str(found)}
-
-    def words(self, result: dict[str, Any]) -> str: return f"{result['store']}: {'sound' if result['sound'] else 'NOT SOUND'}\n{result['report']}"
-
-# %% ../nbs/50_cli.ipynb #57812a9b
-@contextlib.contextmanager
-def _spoken_warnings() -> Iterator[None]:
-    "Warnings as single lines on standard error."
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try: yield
-        finally:
-            for w in caught: print(f"fsar: warning: {w.message}", file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #7b0d2f4c
 @dataclass(kw_only=True)

@@ -140,7 +140,7 @@ def fail(job: Job, out: Path, reason: str, trace: str = "") -> None:
 # %% ../nbs/42_comparison.ipynb #7a964a31
 def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: experiments.Tables | None = None) -> dict[Path, str]:  # path → what differs
     "What lies in a job's places but is not its own; without `data` and `asked` only the configurations are looked at."
-    from fsar.training import training_settings
+    from fsar.training import differing_settings, training_settings
     file, state, found = record_file(out, job), checkpoints(out, job) / "last" / "model.json", {}
     if file.exists():
         record = read_json(file)
@@ -148,8 +148,8 @@ def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: ex
         if not odd and asked and record["status"] == "finished" and record["episodes"] != {name: t.hash for name, t in questions(asked).items()}: odd = ["test episodes"]
         if odd: found[file] = _listed(odd)
     if state.exists():
-        theirs, ours = {**Config().to_dict(), **read_json(state).get("training", {}).get("settings", {})}, training_settings(job.config, data)  # newer fields count with their defaults
-        odd = [k for k in ours if theirs.get(k) != ours[k] and (data or k != "data")]
+        ours = training_settings(job.config, data)
+        odd = [k for k in differing_settings(read_json(state).get("training", {}).get("settings", {}), ours) if data or k != "data"]
         if odd: found[state.parent.parent] = _listed(odd)
     return found
 

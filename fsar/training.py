@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'SELECTION', 'constant', 'cosine', 'step_decay', 'learning_rate', 'make_optimizer',
            'choose_device', 'choose_precision', 'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'MetricsLog',
-           'tensorboard', 'Journal', 'Progress', 'training_settings', 'seen', 'is_due', 'run_validation',
-           'save_evidence', 'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
+           'tensorboard', 'Journal', 'Progress', 'training_settings', 'seen', 'differing_settings', 'is_due',
+           'run_validation', 'save_evidence', 'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
 
 # %% ../nbs/32_training.ipynb #ecf2e2f0
 import contextlib, csv, math, os, sys, time
@@ -274,11 +274,15 @@ def seen(config: Config, episodes: Dataset) -> list[dict[str, Any]]:
     size = {k: v for k, v in getattr(store, "settings", {}).items() if k == "train_size"}
     return [*trained_on(config.weights), {"dataset": name, "classes": list(pool.names), **size}]
 
-def _check_settings(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    "`FsarError` naming what differs between the training in `out` and this one; a setting newer than that training counts there with its default."
+def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    "What differs between two `training_settings`; one that is newer than the stored training counts there with its default."
     theirs = {**{k: v for k, v in Config().to_dict().items() if k in ours}, **theirs}
-    odd = [k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)]
-    if odd:
+    return sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+
+def _check_settings(out: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    "`FsarError` naming what differs between the training in `out` and this one."
+    if odd := differing_settings(theirs, ours):
+        theirs = {**Config().to_dict(), **theirs}
         listed = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(odd)[:5])
         raise FsarError(f"{out} holds a training with other settings ({listed}). Name another output folder, or delete that one.")
 
