@@ -70,6 +70,7 @@ class Config:
     device: str = _help("auto", "auto, cpu, cuda, cuda:1, mps")
     # test
     test_split: Literal["train", "val", "test"] = _help("test", "split whose classes are the novel ones at test")
+    test_ways: tuple[int, ...] = _help((), "classes in the episodes of the tests, e.g. 5 10; empty: as in training")
     test_shots: tuple[int, ...] = _help((1, 5), "shots of the tests; the first makes the headline")
     test_queries: int = _help(5, "query videos per class at test")
     test_episodes: int = _help(10_000, "test episodes for each number of shots")
@@ -133,6 +134,7 @@ def _check(c: Config) -> None:
     for name, (low, high) in BETWEEN.items():
         if not low <= getattr(c, name) <= high: raise FsarError(f"configuration key {name!r} must lie between {low:g} and {high:g}, got {getattr(c, name)}")
     if not c.test_shots or min(c.test_shots) < 1: raise FsarError(f"configuration key 'test_shots' wants one or more numbers from 1 up, got {list(c.test_shots)}")
+    if c.test_ways and min(c.test_ways) < 1: raise FsarError(f"configuration key 'test_ways' wants numbers from 1 up, or none, got {list(c.test_ways)}")
     if c.size > c.short_side: raise FsarError(f"configuration key 'size' ({c.size}) is larger than the stored frames ('short_side' {c.short_side})")
 
 # %% ../nbs/07_config.ipynb #b9218daf

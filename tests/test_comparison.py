@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from fsar import comparison, experiments, sizes
-from fsar.comparison import Difference, Job, Row, difference, parse_row, parse_rows
+from fsar import comparison, experiments, sizes, sweeps
+from fsar.comparison import Difference, Row, difference, parse_row, parse_rows
+from fsar.sweeps import Job, Workers
 from fsar.config import Config
 from fsar.core import FsarError, read_json, resource, write_json
 from fsar.evaluation import Result
@@ -50,7 +51,7 @@ def test_wrong_settings_are_refused_before_anything_runs(extra, words, tmp_path)
 # the template
 
 def test_the_parameters_cell_is_the_base_and_what_only_a_comparison_has():
-    extra = dict(runs=[], seeds=[0, 1, 2], reference="", processes=1, threads=1, overwrite=False)
+    extra = dict(runs=[], seeds=[0, 1, 2], reference="", **comparison.HOW, overwrite=False)
     experiments.check_template(TEMPLATE, comparison.parameters(Config(), **extra))
     cell = next(c for c in nbformat.read(TEMPLATE, 4).cells if "parameters" in c.metadata.get("tags", ()))
     values: dict = {}
@@ -72,7 +73,7 @@ def test_the_command_makes_the_comparison_again():
     text = comparison.command(base, rows, [3, 4], reference="otam", processes=2, threads=3)
     made = parse(shlex.split(text)[1:])
     assert made.config(out=made.out) == base and parse_rows(made.runs) == rows
-    assert (made.seeds, made.reference, made.processes, made.threads, made.overwrite) == ((3, 4), "otam", 2, 3, False)
+    assert (made.seeds, made.reference, made.how.processes, made.how.threads, made.overwrite) == ((3, 4), "otam", 2, 3, False)
 
 
 # numbers, by hand
@@ -183,7 +184,7 @@ def test_the_table_is_its_files(made):
 
 
 def test_all_answered_the_same_episodes(made, asked):
-    hashes = {name: table.hash for name, table in comparison.questions(asked).items()}
+    hashes = {name: table.hash for name, table in sweeps.questions(asked).items()}
     assert all(read_json(made / "results" / f"{name}.json")["episodes"] == hashes for name in read_json(made / "metrics.json")["trainings"])
 
 
@@ -201,7 +202,7 @@ def test_more_seeds_and_rows_run_only_what_is_missing(made, tmp_path, base, data
     rows, out = parse_rows([*ROWS, "otam"]), Path(grown.out)
     before = times(out)
     assert not comparison.claim(out, grown, comparison.jobs_of(grown, rows, [0]), {"runs": [*ROWS, "otam"], "seeds": [0], "reference": ""})
-    comparison.run_jobs(comparison.jobs_of(grown, rows, [0]), data, asked, out, progress=False)
+    sweeps.run_jobs(comparison.jobs_of(grown, rows, [0]), data, asked, out, progress=False)
     after = times(out)
     assert {k: v for k, v in after.items() if k in before} == before and {k.parts[1] for k in after if k not in before and k.parts[0] == "checkpoints"} == {"otam-0"}
 
@@ -212,17 +213,17 @@ def test_a_finished_training_is_only_tested(made, tmp_path, base, data, asked, m
     for file in (out / "results").iterdir(): file.unlink()
     monkeypatch.setattr("fsar.training.run_step", lambda *_: pytest.fail("it trained"))
     jobs = comparison.jobs_of(again, parse_rows(ROWS), SEEDS)
-    comparison.run_jobs(jobs, data, asked, out, progress=False)
+    sweeps.run_jobs(jobs, data, asked, out, progress=False)
     for job in jobs:
-        for name in comparison.questions(asked): assert read_json(out / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
+        for name in sweeps.questions(asked): assert read_json(out / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
 
 
 def test_two_processes_give_the_same_numbers(made, tmp_path, base, data, asked, capfd):
     both = base.replace(out=str(tmp_path / "both"))
     jobs = comparison.jobs_of(both, parse_rows(ROWS), [1])
-    comparison.run_jobs(jobs, data, asked, both.out, processes=2)
+    sweeps.run_jobs(jobs, data, asked, both.out, workers=Workers(processes=2))
     for job in jobs:
-        for name in comparison.questions(asked): assert read_json(tmp_path / "both" / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
+        for name in sweeps.questions(asked): assert read_json(tmp_path / "both" / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
         assert read_json(tmp_path / "both" / "results" / f"{job.name}.json")["weights"] == read_json(made / "results" / f"{job.name}.json")["weights"]
     said = capfd.readouterr().err
     assert all(f"{job.name}: 5-way 1-shot " in said for job in jobs)
@@ -237,12 +238,12 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(made, tmp_path, bas
         if number == 3 and steps.count(3) == 1: raise KeyboardInterrupt
         return whole(run, batches, number)
     monkeypatch.setattr(training, "run_step", step)
-    monkeypatch.setattr(comparison.experiments, "training_episodes", experiments.training_episodes)
+    monkeypatch.setattr(sweeps.experiments, "training_episodes", experiments.training_episodes)
     monkeypatch.setattr(training, "is_due", lambda *_: False)
     monkeypatch.setattr(training.time, "monotonic", iter(range(0, 10**6, 40)).__next__)   # a save after every step
-    with pytest.raises(KeyboardInterrupt): comparison.run_jobs(jobs, data, asked, out, progress=False)
-    assert not (out / "results" / "protonet-0.json").exists() and not comparison.finished(out, jobs[0])
-    comparison.run_jobs(jobs, data, asked, out, progress=False)
+    with pytest.raises(KeyboardInterrupt): sweeps.run_jobs(jobs, data, asked, out, progress=False)
+    assert sweeps.state(out, jobs[0]) == "running" and not sweeps.finished(out, jobs[0])
+    sweeps.run_jobs(jobs, data, asked, out, progress=False)
     assert steps == [0, 1, 2, 3, 3, 4, 5]
     assert read_json(out / "results" / "protonet-0.json")["weights"] == read_json(made / "results" / "protonet-0.json")["weights"]
 
@@ -251,7 +252,7 @@ def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked)
     some = base.replace(out=str(tmp_path / "some"), episodes=2)
     rows = parse_rows(["protonet", "hot: bimhm scale=1e39"])
     jobs, out = comparison.jobs_of(some, rows, [0]), tmp_path / "some"
-    comparison.run_jobs(jobs, data, asked, out, progress=False)
+    sweeps.run_jobs(jobs, data, asked, out, progress=False)
     record = read_json(out / "results" / "hot-0.json")
     assert record["status"] == "failed" and record["reason"].startswith("training stopped at step 0: not finite") and str(tmp_path) not in json.dumps(record["reason"])
     metrics = comparison.measured(some, rows, [0], data)
@@ -264,24 +265,24 @@ def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked)
 
 
 def test_an_error_of_ours_is_kept_with_its_last_line(tmp_path, base, data, asked, monkeypatch):
-    monkeypatch.setattr(comparison, "run_job", lambda *_: {}["no such key"])
+    monkeypatch.setattr(sweeps, "run_task", lambda *_: {}["no such key"])
     out = tmp_path / "out"
-    comparison.run_jobs(comparison.jobs_of(base, parse_rows(ROWS), [0]), data, asked, out, progress=False)
+    sweeps.run_jobs(comparison.jobs_of(base, parse_rows(ROWS), [0]), data, asked, out, progress=False)
     record = read_json(out / "results" / "set-0.json")
-    assert record["reason"] == "KeyError: 'no such key'" and "run_job" in record["traceback"]
+    assert record["reason"] == "KeyError: 'no such key'" and "run_task" in record["traceback"]
 
 
 def test_a_process_that_is_killed_is_one_failed_run(tmp_path, base, data, asked, monkeypatch):
-    monkeypatch.setattr(comparison, "_worked", lambda work, jobs, processes, threads: iter([(jobs[0], -9)]))
+    monkeypatch.setattr(sweeps, "in_processes", lambda work, tasks, processes, threads: iter([(tasks[0], sweeps._ending(-9))]))
     job = comparison.jobs_of(base, parse_rows(ROWS[:1]), [0])
-    comparison.run_jobs(job, data, asked, tmp_path, processes=2, progress=False)
+    sweeps.run_jobs(job, data, asked, tmp_path, workers=Workers(processes=2), progress=False)
     assert "ended with code -9: killed, perhaps for want of memory" in read_json(tmp_path / "results" / "protonet-0.json")["reason"]
 
 
 def test_processes_end_with_whoever_asked():
     import time
-    started, asking = time.monotonic(), comparison.in_processes(time.sleep, [0, 300], 2)
-    assert next(asking) == (0, 0)
+    started, asking = time.monotonic(), sweeps.in_processes(time.sleep, [0, 300], 2)
+    assert next(asking) == (0, "")
     asking.close()
     assert time.monotonic() - started < 100
 
@@ -294,8 +295,8 @@ def test_what_belongs_to_another_configuration_is_named_and_kept(made, base, fla
     assert cli.main([*flags, "--lr", "0.01"]) == 2
     assert f"{made} holds a comparison under another configuration (lr differ): choose another --out" in capsys.readouterr().err
     jobs = comparison.jobs_of(base.replace(lr=0.01), parse_rows(ROWS), SEEDS)
-    with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(lr differ\)"): comparison.check_places(made, jobs)
-    with pytest.raises(FsarError, match=r"set-0.json belongs to another configuration \(options differ\)"): comparison.check_places(made, comparison.jobs_of(base, parse_rows(["protonet", "set: bimhm scale=5"]), [0]))
+    with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(lr differ\)"): sweeps.check_places(made, jobs)
+    with pytest.raises(FsarError, match=r"set-0.json belongs to another configuration \(options differ\)"): sweeps.check_places(made, comparison.jobs_of(base, parse_rows(["protonet", "set: bimhm scale=5"]), [0]))
     assert times(made) == before
 
 
@@ -303,13 +304,13 @@ def test_other_episodes_and_other_trainings_are_no_results(made, tmp_path, base,
     moved = copied(made, tmp_path, base)
     out, jobs = Path(moved.out), comparison.jobs_of(moved, parse_rows(ROWS), SEEDS)
     fewer = dataclasses.replace(asked, tables=tuple(t.head(5) for t in asked.tables))
-    with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(test episodes differ\)"): comparison.check_places(out, jobs, data, fewer)
+    with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(test episodes differ\)"): sweeps.check_places(out, jobs, data, fewer)
     (out / "results" / "protonet-0.json").unlink()
     other = comparison.jobs_of(moved.replace(lr=0.01), parse_rows(ROWS[:1]), [0])
-    with pytest.raises(FsarError, match=r"checkpoints/protonet-0 belongs to another configuration \(lr differ\)"): comparison.check_places(out, other, data, asked)
-    comparison.check_places(out, other, data, asked, overwrite=True)
+    with pytest.raises(FsarError, match=r"checkpoints/protonet-0 belongs to another configuration \(lr differ\)"): sweeps.check_places(out, other, data, asked)
+    sweeps.check_places(out, other, data, asked, overwrite=True)
     assert not (out / "checkpoints" / "protonet-0").exists() and (out / "checkpoints" / "protonet-1").exists()
-    comparison.check_places(out, comparison.jobs_of(moved.replace(test_episodes=50), parse_rows(ROWS[1:]), [1]), overwrite=True)   # other tests, the same training
+    sweeps.check_places(out, comparison.jobs_of(moved.replace(test_episodes=50), parse_rows(ROWS[1:]), [1]), overwrite=True)   # other tests, the same training
     assert not (out / "results" / "set-1.json").exists() and (out / "checkpoints" / "set-1").exists()
 
 
@@ -320,10 +321,10 @@ def test_a_training_of_an_earlier_version_is_still_the_same(made, tmp_path, base
     for name in ("groups", "train_size", "sampler"): record["training"]["settings"].pop(name)  # fields that it did not know yet
     write_json(file, record)
     jobs = comparison.jobs_of(moved, parse_rows(ROWS[:1]), [0])
-    comparison.check_places(Path(moved.out), jobs, data, asked)
+    sweeps.check_places(Path(moved.out), jobs, data, asked)
     record["training"]["settings"]["groups"] = True
     write_json(file, record)
-    with pytest.raises(FsarError, match=r"protonet-0 belongs to another configuration \(groups differ\)"): comparison.check_places(Path(moved.out), jobs, data, asked)
+    with pytest.raises(FsarError, match=r"protonet-0 belongs to another configuration \(groups differ\)"): sweeps.check_places(Path(moved.out), jobs, data, asked)
 
 
 def test_a_result_that_is_not_its_records_is_refused(made, tmp_path, base):
