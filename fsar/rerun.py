@@ -246,7 +246,7 @@ def index_row(report: Path, folder: Path) -> dict[str, str]:
     return {"report": ", ".join(links) or name, "kind": notebook.stem.replace("_", " ") if notebook else "–", "what it found": metrics.get("headline") or "–", "made": (metrics.get("finished") or "–")[:10],
             "code": _code(metrics["git"]).removeprefix("commit ") if "git" in metrics else "–", "time": duration(metrics["wall_time_s"]) if "wall_time_s" in metrics else "–"}
 
-# %% ../nbs/46_rerun.ipynb #313ea776
+# %% ../nbs/46_rerun.ipynb #a3103d50
 def index_text(folder: str | Path) -> str:
     "The index of all reports below `folder`, as Markdown; `FsarError` where there is none."
     folder = Path(folder)
@@ -256,7 +256,7 @@ def index_text(folder: str | Path) -> str:
     lines = [" | ".join(row.values()).replace("\n", " ") for row in [{name: name for name in rows[0]}, {name: "---" for name in rows[0]}, *({k: v.replace("|", "\\|") for k, v in row.items()} for row in rows)]]
     commands = [f"# {report.relative_to(folder).as_posix()}\n{read_json(report / 'metrics.json').get('command') or '# (of a version that stored no command: its page says how it was made)'}" for report in found]
     home = folder.resolve().name
-    return "\n".join([INDEX, f"# Reports", "", f"{len(found)} reports, from their `metrics.json`. `fsar rerun {home}/NAME` makes one again in another folder and says whether its figures are equal to the bit.", "",
+    return "\n".join([INDEX, "# Reports", "", f"{len(found)} report{'s' * (len(found) > 1)}, from their `metrics.json`. `fsar rerun {home}/NAME` makes one again in another folder and says whether its figures are equal to the bit.", "",
                       *(f"| {line} |" for line in lines), "", "## The commands that made them", "", "```bash", "\n\n".join(commands), "```", ""])
 
 def write_index(folder: str | Path = "reports") -> dict[str, Any]:
