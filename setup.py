@@ -12,7 +12,7 @@ readme = HERE / "README.md"
 
 # Two top-level folders travel inside the package: the split lists and the papermill templates.
 carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/experiments"}
-carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb"]}
+carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"]}
 
 setup(
     name=cfg["lib_name"],

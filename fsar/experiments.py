@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'apart', 'check_groups', 'training_episodes', 'table_of', 'asked_for',
            'check_tests', 'clips_of', 'model_for', 'leaks_in', 'guard', 'validator', 'Tables', 'tables_of', 'Tested',
-           'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command', 'git_state', 'versions',
-           'machine', 'peak_memory', 'data_numbers', 'provenance', 'measured', 'selected_on', 'now', 'episode_batch',
-           'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim', 'check_kind', 'clear',
-           'check_names', 'run', 'produce', 'execute', 'render', 'checkpoint_of', 'evaluate_checkpoint', 'load_runs',
-           'compare_runs']
+           'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'now',
+           'machine', 'peak_memory', 'origin_of', 'data_numbers', 'provenance', 'measured', 'selected_on',
+           'episode_batch', 'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim', 'check_kind',
+           'clear', 'check_names', 'run', 'produce', 'execute', 'render', 'checkpoint_of', 'evaluate_checkpoint',
+           'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -191,11 +191,11 @@ def save_results(tested: Tested, folder: str | Path) -> None:
 
 # %% ../nbs/41_experiments.ipynb #2c0e04ac
 def command(config: Config, *start: str) -> str:  # start: the command's first words, default 'fsar train'
-    "The shell command that runs `config`: the fields that differ from their defaults as flags."
+    "The shell command that runs `config`: the folder for the report, and of the other fields those that differ from their defaults, as flags."
     words = list(start or ("fsar", "train"))
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        if value == field.default: continue
+        if value == field.default and field.name != "out": continue
         flag = "--" + field.name.replace("_", "-")
         if isinstance(value, bool): words.append(flag if value else flag.replace("--", "--no-", 1))
         else: words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
@@ -216,6 +216,10 @@ def versions() -> dict[str, str]:
     for name in ("torch", "torchvision", "accelerate", "numpy", "av", "decord"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
     return found
+
+def now() -> str:
+    "The time in UTC, to the second."
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 # %% ../nbs/41_experiments.ipynb #b12afbf3
 def machine(device: Any  # torch.device or its name
@@ -243,6 +247,14 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available(): peak["gpu_MiB"] = torch.cuda.max_memory_allocated() // 2**20
     return peak
 
+# %% ../nbs/41_experiments.ipynb #b311c80a
+def origin_of(command: str,  # that makes the report again, the folder it goes to included
+              *, seeds: Sequence[int], device: Any, seconds: float, hashes: Mapping[str, str]  # of configuration, data, episodes, weights: what there is
+              ) -> dict[str, Any]:
+    "Where a report's numbers come from, for its metrics.json."
+    return {"command": command, "seeds": list(seeds), "hashes": dict(hashes), "versions": versions(), "device": machine(device), "git": git_state(),
+            "peak_memory": peak_memory(), "wall_time_s": round(seconds, 1), "finished": now()}
+
 # %% ../nbs/41_experiments.ipynb #04483c82
 def data_numbers(data: Data, leaks: Sequence[str] = ()) -> dict[str, Any]:
     "A data set for metrics.json: classes and numbers of videos by split, there and listed, and what there is to remark."
@@ -252,12 +264,11 @@ def data_numbers(data: Data, leaks: Sequence[str] = ()) -> dict[str, Any]:
             "videos": {s: int((index["split"] == s).sum()) for s in splits}, "listed": {s: data.store.listed(s) for s in splits}, "unreadable": len(data.store.quarantine),
             "partners": [list(p) for p in data.partners], "notes": [*data.notes, *(f"this test is not few-shot: {text}" for text in leaks)], "leaks": list(leaks)}
 
-def provenance(config: Config, data: Data, tested: Tested, weights: Path, device: Any) -> dict[str, Any]:
+def provenance(config: Config, data: Data, tested: Tested, weights: Path, device: Any, seconds: float) -> dict[str, Any]:
     "What it takes to make a run again."
     hashes = {"configuration": config.hash, "videos and split": data.manifest_hash, "prepared frames": data.store.hash, "weights": sha256_file(weights)}
     hashes |= {f"episodes {r.task}": r.table_hash for r in tested.results}
-    return {"config": config.to_dict(), "command": command(config), "hashes": hashes, "versions": versions(), "device": machine(device),
-            "git": git_state(), "peak_memory": peak_memory()}
+    return {"config": config.to_dict(), **origin_of(command(config), seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)}
 
 # %% ../nbs/41_experiments.ipynb #5c432088
 def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.training.TrainingResult
@@ -270,17 +281,13 @@ def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.trai
                "episodes": int(training.history["episodes"].iloc[-1]), "selection": training.selection, "precision": training.precision}
     learned |= {"validation": {"accuracy": training.best_accuracy, "step": training.best_step}, "steps": training.steps, "seconds": round(training.seconds, 1)}
     metrics = {"selected_on": selected_on(config), "data": data_numbers(data, leaks_in(trained_on(config.weights), data, config.test_split)), "training": learned, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
-    metrics |= provenance(config, data, tested, weights / "model.safetensors", device) | {"wall_time_s": round(seconds + training.reused * training.seconds, 1), "finished": now()}
+    metrics |= provenance(config, data, tested, weights / "model.safetensors", device, seconds + training.reused * training.seconds)
     return {"headline": headline(metrics)} | metrics
 
 def selected_on(config: Config) -> str | None:
     "The split on which a run's weights are selected; None where the last are taken."
     if config.protocol == "last" or not config.validate_every: return None
     return config.test_split if config.protocol == "paper" else "val"
-
-def now() -> str:
-    "The time in UTC, to the second."
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 # %% ../nbs/41_experiments.ipynb #e9651962
 def episode_batch(clips: Any,  # VideoClips that hold the episode's videos

@@ -133,13 +133,13 @@ def size_figure(metrics: Mapping[str, Any]) -> Any:  # matplotlib Figure
 
 # %% ../nbs/43_sizes.ipynb #f734fea9
 def measured(**settings: Any) -> dict[str, Any]:  # see model_size
-    "Everything that metrics.json holds."
+    "What metrics.json holds, beside where it comes from."
     settings = {"backbone": "resnet50", "size": 224, "frames": 8, "ways": 5, "shots": [1, 5], "queries": 25} | settings
     sizes = all_sizes(**settings)
     low, high = (pick(sizes, key=lambda row: whole_episode(row, settings["shots"][0], settings["ways"], settings["queries"])) for pick in (min, max))
     headline = (f"{len(sizes)} methods on {settings['backbone']}, {settings['frames']} frames of {settings['size']}×{settings['size']}: a {settings['ways']}-way {settings['shots'][0]}-shot episode takes "
                 + " to ".join(f"{amount(whole_episode(row, settings['shots'][0], settings['ways'], settings['queries']))} ({row['name']})" for row in (low, high)) + " multiply-adds")
-    return {"headline": headline, "settings": settings, "sizes": sizes, "versions": experiments.versions(), "git": experiments.git_state(), "finished": experiments.now()}
+    return {"headline": headline, "settings": settings, "sizes": sizes}
 
 # %% ../nbs/43_sizes.ipynb #1ed3ed5a
 def size_report(out: str | Path, *, backbone: str = "resnet50", size: int = 224, frames: int = 8, progress: bool = True) -> dict[str, Any]:  # what metrics.json holds

@@ -126,7 +126,7 @@ def test_the_command_makes_the_configuration_again():
     config = Config(method="otam", options=("lam=0.2",), test_shots=(1, 3), flip=True, train_classes=("letter_*", "it's"), source=r"(.+)_\d+$", lr=5e-4, out="reports/my run")
     import shlex
     assert parse(shlex.split(experiments.command(config))[1:]).config() == config
-    assert experiments.command(Config()) == "fsar train"
+    assert experiments.command(Config()) == "fsar train --out reports/quickstart"  # the folder always, so that another default changes nothing
 
 
 def test_git_state_is_absent_outside_a_checkout(tmp_path, monkeypatch):
