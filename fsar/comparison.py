@@ -281,7 +281,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     low, high = (pick(first, key=lambda label: first[label]["accuracy"]) for pick in (min, max))
     r, seeds = first[low], len(metrics["seeds"])
     failed = sum(len(row["failed"]) for row in metrics["rows"].values())
-    return (f"{len(metrics['rows'])} methods on {metrics['data']['name']}, {seeds} seed{'s' if seeds > 1 else ''} each, {r['task']}: from {percent(r['accuracy'])} ({low}) to "
+    return (f"{len(metrics['rows'])} {'rows' if len({row['method'] for row in metrics['rows'].values()}) < len(metrics['rows']) else 'methods'} on {metrics['data']['name']}, {seeds} seed{'s' if seeds > 1 else ''} each, {r['task']}: from {percent(r['accuracy'])} ({low}) to "
             f"{percent(first[high]['accuracy'])} ({high}), chance {percent(r['chance'])}" + (f"; {failed} of {seeds * len(metrics['rows'])} runs FAILED" if failed else ""))
 
 # %% ../nbs/42_comparison.ipynb #38a09d55
