@@ -43,6 +43,25 @@ def tiny_store(tiny_motions, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def says_its_origin():
+    "A check that a report's metrics.json says where its numbers come from, and that its command is one of ours with that --out."
+    import shlex
+    from fsar.cli import parse
+
+    def check(metrics: dict, out: Path, *hashed: str) -> None:
+        wanted = {"command": str, "seeds": list, "hashes": dict, "versions": dict, "device": str, "peak_memory": dict, "wall_time_s": float, "finished": str, "headline": str}
+        for name, kind in wanted.items(): assert isinstance(metrics[name], kind), name
+        assert metrics["git"] is None or len(metrics["git"]["commit"]) == 40 and isinstance(metrics["git"]["dirty"], bool)
+        assert metrics["versions"]["torch"] == torch.__version__ or torch.__version__.startswith(metrics["versions"]["torch"])
+        assert metrics["device"].endswith("threads") and metrics["peak_memory"]["process_MiB"] > 50 and metrics["wall_time_s"] > 0 and metrics["finished"].endswith("+00:00")
+        assert all(len(digest) == 64 for digest in metrics["hashes"].values()) and not [h for h in hashed if not any(h in name for name in metrics["hashes"])]
+        words = shlex.split(metrics["command"])
+        assert words[0] == "fsar" and words[words.index("--out") + 1] == str(out)
+        parse(words[1:])  # an FsarError here: a command that nobody can give
+    return check
+
+
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     if not SHARED.is_dir(): pytest.skip("research data is not beside the checkout (../shared)")
     return SHARED

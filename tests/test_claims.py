@@ -1,5 +1,6 @@
 """Claims: the dial turns time and nothing else, the amplifier's measure is what it says, and the report is made from a finished comparison."""
 import dataclasses
+import shlex
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_refusals(tmp_path, capsys):
     with pytest.raises(FsarError, match="no rendered benchmark 'motion'"): claims.dialled("motion")
 
 
-def test_the_whole_report_from_a_small_comparison(tmp_path):
+def test_the_whole_report_from_a_small_comparison(tmp_path, says_its_origin):
     "Untrained enough to be quick; every figure, table and sentence of the template is made."
     from fsar.comparison import compare_methods
     rows = ["protonet", "trx", "trx-single: trx cardinalities=1", "strm", "molo redraw=4", "ta2n", "ta2n-ordered: ta2n rearrange=false", "ta2n-plain: ta2n transform=false rearrange=false coordinate=false",
@@ -100,6 +101,10 @@ def test_the_whole_report_from_a_small_comparison(tmp_path):
     base = Config(episodes=1, queries=1, size=32, short_side=36, frames=4, validate_every=0, protocol="last", precision="fp32", test_episodes=2, test_queries=1, test_shots=(1,), out=str(tmp_path / "methods"))
     compare_methods(base, rows, seeds=[0], progress=False)
     metrics = claims.claims_report(tmp_path / "methods", tmp_path / "claims", levels=[0.0, 1.0], episodes=2, progress=False)
+    says_its_origin(metrics, tmp_path / "claims", "videos and split", "prepared frames", "weights molo-0", "weights vim-0")
+    command, made = cli.parse(shlex.split(metrics["command"])[1:]), read_json(tmp_path / "methods" / "metrics.json")
+    assert (command.methods, command.levels, command.episodes) == (str(tmp_path / "methods"), (0.0, 1.0), 2) and metrics["seeds"] == [0]
+    assert metrics["hashes"]["weights molo-0"] == made["trainings"]["molo-0"]["weights"]  # protocol last: the same file
     assert set(metrics["gains"]) == {"TA2N's alignment", "TA2N without its rearrangement", "the sampler before ProtoNet", "sampler and alignment (VIM)"} and set(metrics["dial"]) == {"ta2n", "ta2n-ordered", "ta2n-plain", "sampler-protonet", "protonet", "vim"}
     assert {p.name for p in (tmp_path / "claims" / "figures").iterdir()} == {"misalignment.png", "sampler.png", "order.png"}
     page = (tmp_path / "claims" / "report.html").read_text()

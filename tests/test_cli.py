@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -193,8 +194,10 @@ def test_the_page_says_what_metrics_say(finished):
     assert all(digest in text for digest in metrics["hashes"].values()) and all(version in text for version in metrics["versions"].values())
 
 
-def test_metrics_hold_what_makes_the_run_again(finished, flags):
+def test_metrics_hold_what_makes_the_run_again(finished, flags, says_its_origin):
     metrics = read_json(finished[0] / "metrics.json")
+    says_its_origin(metrics, finished[0], "configuration", "videos and split", "prepared frames", "weights", "episodes")
+    assert cli.parse(shlex.split(metrics["command"])[1:]).config().hash == cli.parse(["train", *flags]).config().hash and metrics["seeds"] == [0]
     config = cli.parse(["train", *flags]).config()
     assert Config.from_dict(metrics["config"]) == config and metrics["hashes"]["configuration"] == config.hash
     assert {"configuration", "videos and split", "prepared frames", "weights", "episodes 5-way 1-shot", "episodes 5-way 2-shot"} == set(metrics["hashes"])
@@ -250,7 +253,7 @@ def test_report_renders_again(finished, capsys):
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "report.html") and (out / "report.html").read_text() == page
 
 
-def test_runs_are_set_side_by_side(finished, tmp_path, capsys):
+def test_runs_are_set_side_by_side(finished, tmp_path, capsys, says_its_origin):
     import shutil
     out, other = finished[0], tmp_path / "second"
     shutil.copytree(out, other, ignore=shutil.ignore_patterns("checkpoints"))
@@ -261,7 +264,9 @@ def test_runs_are_set_side_by_side(finished, tmp_path, capsys):
     assert cli.main(["report", str(out), str(other), "--out", str(tmp_path / "both")]) == 0
     said = capsys.readouterr().out
     assert f"{out.name} − second: " in said and f"{out.name} is better on these videos" in said and "inside the noise" in said
-    page = (tmp_path / "both" / "report.html").read_text()
+    page, metrics = (tmp_path / "both" / "report.html").read_text(), read_json(tmp_path / "both" / "metrics.json")
+    says_its_origin(metrics, tmp_path / "both", f"{out.name}: weights", "second: weights", "episodes")
+    assert metrics["command"] in html.unescape(page) and cli.parse(shlex.split(metrics["command"])[1:]).folders == (str(out), str(other)) and metrics["seeds"] == [0, 0]
     assert all(text in page for text in ("The direction of time", "second", "data:image/png")) and (tmp_path / "both" / "figures" / "reversed.png").exists()
 
 

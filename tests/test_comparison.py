@@ -151,12 +151,13 @@ def copied(made, tmp_path, base):
 def times(out): return {p.relative_to(out): p.stat().st_mtime_ns for folder in ("results", "checkpoints") for p in (out / folder).rglob("*") if p.is_file()}
 
 
-def test_the_report_is_whole(made, flags):
+def test_the_report_is_whole(made, flags, says_its_origin):
     from fsar.cli import parse
     page, metrics = (made / "report.html").read_text(), read_json(made / "metrics.json")
     assert {p.name for p in (made / "figures").iterdir()} == {"methods.png", "reversed.png", "differences.png"}
     assert all(words in page for words in ("What this shows and what it does not", "The direction of time", "Differences to protonet", "never met", metrics["differences"][0]["verdict"]))
     assert "Traceback" not in page and str(made) not in page.replace(metrics["command"].split("--out ")[1], "").replace(metrics["config"]["out"], "")
+    says_its_origin(metrics, made, "videos and split", "prepared frames", "episodes")
     command = parse(shlex.split(metrics["command"])[1:])
     assert command.config(out=command.out).hash == parse(flags).config(out=str(made)).hash and parse_rows(command.runs) == parse_rows(ROWS)
     assert set(metrics["trainings"]) == {"protonet-0", "protonet-1", "set-0", "set-1"} and metrics["versions"]["torch"] in torch.__version__
@@ -382,10 +383,11 @@ def test_a_method_that_looks_at_values_is_computed():
     assert sizes.count_verb(nn.Identity(), verb)[1] == 2 * 3 * 2
 
 
-def test_every_form_has_a_row(tmp_path):
+def test_every_form_has_a_row(tmp_path, says_its_origin):
     from fsar import cli
     assert cli.main(["sizes", "--backbone", "resnet_micro", "--size", "32", "--frames", "4", "--out", str(tmp_path / "sizes")]) == 0
     metrics, page = read_json(tmp_path / "sizes" / "metrics.json"), (tmp_path / "sizes" / "report.html").read_text()
+    says_its_origin(metrics, tmp_path / "sizes")
     assert [(row["method"], row["sampler"]) for row in metrics["sizes"]] == sizes.forms() and (tmp_path / "sizes" / "figures" / "sizes.png").exists()
     for row in metrics["sizes"]: assert sizes.amount(row["embed"]) in page and sizes.amount(row["score"]["5"]) in page
     write_json(tmp_path / "metrics.json", {"training": {}})

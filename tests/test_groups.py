@@ -1,6 +1,7 @@
 "Recordings: exact shares against naive counts, the bound, intervals, and the report end to end, on rendered recordings and on a run."
 import dataclasses
 import itertools
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -135,8 +136,11 @@ def report(tmp_path_factory):
     return out, groups.groups_report(out, **tiny, progress=False)
 
 
-def test_the_whole_report_from_small_settings(report):
+def test_the_whole_report_from_small_settings(report, says_its_origin):
     out, metrics = report
+    says_its_origin(metrics, out, "videos and split", "prepared frames", "weights protonet-0")
+    command = cli.parse(shlex.split(metrics["command"])[1:])
+    assert (command.methods, command.seeds, command.recordings, command.takes, command.train_episodes, command.episodes) == (("protonet",), (0,), 6, 2, 2, 60) and metrics["seeds"] == [0]
     assert metrics["data"] | {"name": "", "hash": ""} == {"name": "", "hash": "", "split": "test", "classes": 10, "videos": 120, "listed": 120, "recordings": 60}
     for e in metrics["effects"]["protonet"]:
         assert e["episodes"] == 60 and np.isclose(e["difference"]["mean"], e["blind"]["mean"] - e["apart"]["mean"])
@@ -157,7 +161,7 @@ def test_another_kind_of_report_is_not_replaced(report, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_of_ones_own_is_asked(tmp_path):
+def test_a_run_of_ones_own_is_asked(tmp_path, says_its_origin):
     "With a source rule the two recordings of three takes are told apart; without one there is nothing to keep apart."
     classes = split_classes("train")[:5] + split_classes("test")[:5]
     folder = render_dataset(tmp_path / "clips", replace(PRESETS["motions-mini"], name="clips", size=48, frames=12, takes=3, videos_per_class=6, classes=classes), workers=1, progress=False)
@@ -166,5 +170,7 @@ def test_a_run_of_ones_own_is_asked(tmp_path):
     metrics = groups.groups_report(tmp_path / "report", checkpoint=str(tmp_path / "told"), episodes=80, progress=False)
     [effect] = metrics["effects"]["protonet"]
     assert metrics["data"]["recordings"] == 10 and abs(effect["share"] - 2 / 5) < 0.1 and effect["episodes"] == 80
+    says_its_origin(metrics, tmp_path / "report", "weights protonet-0")
+    assert metrics["hashes"]["weights protonet-0"] == read_json(tmp_path / "told" / "metrics.json")["hashes"]["weights"]
     assert f"fsar groups --checkpoint {tmp_path / 'told'} --episodes 80" in (tmp_path / "report" / "report.html").read_text()
     with pytest.raises(FsarError, match="every test video of clips is a recording of its own"): groups.of_checkpoint(tmp_path / "not told")

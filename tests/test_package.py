@@ -43,7 +43,7 @@ from fsar.splits import BENCHMARKS, load_split
 print(json.dumps([fsar.__file__, str(resource("data_splits")), sorted(p.name for p in resource("templates").iterdir()),
                   {b: len(load_split(b, "test").videos) for b in BENCHMARKS}]))"""
     package, lists, templates, tests = json.loads(run_python(code, installed, tmp_path))
-    assert Path(package).is_relative_to(installed) and Path(lists).is_relative_to(installed) and "train.ipynb" in templates
+    assert Path(package).is_relative_to(installed) and Path(lists).is_relative_to(installed) and {"train.ipynb", "published.csv"} <= set(templates)
     assert tests == {"kinetics100": 2400, "kinetics100_molo": 2400, "ssv2_full": 2857, "ssv2_small": 2400, "ucf101": 2745, "hmdb51": 1292}
 
 
