@@ -214,7 +214,7 @@ def curve_figure(found: Sequence[Mapping[str, Any]], axis: str, log: bool = Fals
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(8, len(lines) + 1), fontsize=8)
     return figure
 
-# %% ../nbs/45_studies.ipynb #d9b88c7e
+# %% ../nbs/45_studies.ipynb #acfb9a90
 def curve_table(found: Sequence[Mapping[str, Any]], axis: str) -> Any:  # pandas.DataFrame
     "A line for each line and panel, a column for each place of the axis."
     import pandas as pd
@@ -237,7 +237,7 @@ def curve_sentences(found: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     return said
 
 def _change(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    "The change between two points that were tested on different episodes, beside both noises."
+    "The change between two points, beside both noises, as if their episodes were others."
     between, noise = b["accuracy"] - a["accuracy"], float(np.hypot(_noise(a), _noise(b)))
     return f"{points([between])}, " + ("outside" if abs(between) > noise else "inside") + f" the noise of ± {100 * noise:.1f}"
 
@@ -336,13 +336,13 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
     display(Markdown("### Parameters"))
     reports.show_table(reports.pairs_table(metrics["config"], ("parameter", "value")))
 
-# %% ../nbs/45_studies.ipynb #5feca360
+# %% ../nbs/45_studies.ipynb #53715967
 def study_command(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference, HOW and the study's own parameters
                   ) -> str:
     "The shell command that makes a study: what is not as the study has it, as flags."
     study, usual = STUDIES[name], base_of(name).to_dict()
-    given = {**({"runs": [comparison.row_text(row) for row in rows]} if list(rows) != comparison.parse_rows(study.rows) else {}), "seeds": list(seeds), **extra, **{k: v for k, v in base.to_dict().items() if k in comparison.BASE}}
-    return shlex.join(["fsar", "study", name, *comparison.flags(given, {"reference": study.reference, **HOW, **{k: list(v) if isinstance(v, tuple) else v for k, v in study.own.items()}, **usual})])
+    given = {**({"runs": [comparison.row_text(row) for row in rows]} if list(rows) != comparison.parse_rows(study.rows) else {}), "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in comparison.ELSEWHERE}, **{k: v for k, v in base.to_dict().items() if k in comparison.BASE}}
+    return shlex.join(["fsar", "study", name, *comparison.flags(given, {"reference": study.reference, **HOW, **study.own, **usual})])
 
 def measured(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", **extra: Any) -> dict[str, Any]:
     "What metrics.json holds: all of a comparison, and for a study of parts what each part adds."
