@@ -8,8 +8,8 @@ __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'apart', 'check_grou
            'evaluate_model', 'numbers', 'reversed_numbers', 'save_results', 'command', 'git_state', 'versions', 'now',
            'machine', 'peak_memory', 'origin_of', 'data_numbers', 'provenance', 'measured', 'selected_on',
            'episode_batch', 'adapted', 'rivals', 'check_template', 'settle', 'tidy', 'to_html', 'claim', 'check_kind',
-           'clear', 'check_names', 'run', 'produce', 'execute', 'render', 'checkpoint_of', 'evaluate_checkpoint',
-           'load_runs', 'compare_runs']
+           'clear', 'check_names', 'run', 'produce', 'execute', 'check_kernel', 'render', 'checkpoint_of',
+           'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
 import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
@@ -494,11 +494,20 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], progress:
     "Run a template with papermill; `FsarError` says in one line why a cell failed, `target` keeps the traceback."
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    check_kernel(source)
     # the kernel's own notices stay out of the terminal; it is killed at the end or on Ctrl-C, since all that matters is on the disk by then
     kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
     try: papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
     finally: _tidy_file(target)
+
+def check_kernel(notebook: Path) -> None:
+    "`FsarError` unless the kernel that a notebook names is installed."
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpecManager
+    name, found = nbformat.read(notebook, 4).metadata.get("kernelspec", {}).get("name"), sorted(KernelSpecManager().find_kernel_specs())
+    if not name: raise FsarError(f"the template {notebook} names no kernel: open and save it in Jupyter, or set metadata.kernelspec.name to one of {', '.join(found)}")
+    if name not in found: raise FsarError(f"the template {notebook} wants the Jupyter kernel {name!r}, which is not installed (found: {', '.join(found) or 'none'}): python -m ipykernel install --sys-prefix --name {name}")
 
 def _tidy_file(path: Path) -> None:
     "Tidy a stored notebook, if it was written at all."

@@ -250,3 +250,10 @@ def test_a_fresh_clone_can_run_the_demo_over_the_published_report():
     words = re.search(r"/fsar train (.*)", (root / "Makefile").read_text())[1].split()
     from fsar.cli import parse
     assert experiments._remakes(root / "reports" / "quickstart", parse(["train", *words]).config()) is False
+
+
+@pytest.mark.parametrize("metadata, words", [({}, "names no kernel"), ({"kernelspec": {"name": "no-such-kernel", "display_name": "x"}}, "wants the Jupyter kernel 'no-such-kernel', which is not installed .*python3.*ipykernel install")])
+def test_a_template_whose_kernel_is_missing(tmp_path, metadata, words):
+    nbformat.write(nbformat.v4.new_notebook(metadata=metadata), tmp_path / "odd.ipynb")
+    with pytest.raises(FsarError, match=words): experiments.execute(tmp_path / "odd.ipynb", tmp_path / "out.ipynb", {})
+    assert not (tmp_path / "out.ipynb").exists()
