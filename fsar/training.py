@@ -149,11 +149,12 @@ def agree(found: Any, place: Path) -> None:
     if any(other != found for other in everyones(found)):
         raise FsarError(f"the processes do not find the same in {place} ({', '.join(map(str, everyones(found)))}): it must be a folder that all machines share")
 
-# %% ../nbs/32_training.ipynb #5fbbf8e7
+# %% ../nbs/32_training.ipynb #01c61557
 class Traces:
     "What tasks leave in a model beside gradients: running statistics of batch normalisation, and counters (whole-number scalars)."
     def __init__(self, model: torch.nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+        if any(m.momentum is None for m in norms): raise FsarError("several processes need batch normalisation with a momentum, and here is one with momentum=None, a mean over all that was seen")
         others = [b for b in model.buffers() if b.ndim == 0 and not b.is_floating_point() and all(b is not m.num_batches_tracked for m in norms)]
         self.tensors = [t for m in norms for t in (m.running_mean, m.running_var)] + [m.num_batches_tracked for m in norms] + others
         device, sizes = next(model.parameters()).device, torch.tensor([2 * len(m.running_mean) for m in norms], dtype=torch.long)
@@ -242,7 +243,7 @@ def prepare_run(config: Config, model: FewShotModel) -> Run:
     optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
     wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
     run = Run(config, model, wrapped, optimizer, accelerator, device, choose_precision(config.precision, device))
-    if run.world > 1: run.traces, wrapped.broadcast_buffers = Traces(model), False  # instead of sending the first process's statistics around
+    if run.world > 1 and Traces(model).tensors: run.traces, wrapped.broadcast_buffers = Traces(model), False  # instead of sending the first process's around
     return run
 
 # %% ../nbs/32_training.ipynb #df3d7237

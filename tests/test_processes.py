@@ -64,6 +64,9 @@ def training(out):
 def methods(out):
     "Every method, and a sampler in front of one: two steps of two tasks."
     with processes("cpu"):
+        plain = tiny()
+        plain.backbone.body[1] = torch.nn.Identity()  # a model that keeps nothing of the tasks
+        run(Path(out) / "plain", settings(episodes=4, tasks_per_step=2, validate_every=0), plain, validate=None)
         for name in (*METHOD_NAMES, "vim"):
             method, sampler = ("protonet", "vim") if name == "vim" else (name, "")
             model = create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES, sampler=sampler)
@@ -210,7 +213,7 @@ def test_every_method_learns_the_same(tmp_path):
     "Statistics and counters included; all parameters take part in every process."
     methods(tmp_path / "one")
     launch("methods", tmp_path / "two", timeout=280)
-    for name in (*METHOD_NAMES, "vim"):
+    for name in (*METHOD_NAMES, "vim", "plain"):
         assert weights_differ(tmp_path / "one" / name / "last", tmp_path / "two" / name / "last") < 1e-5, name
         assert logs_differ(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-5, name
 
@@ -312,6 +315,13 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(FsarError, match="4 processes were started on a machine with 2 GPUs"):
         with processes("cuda"): pass
+
+
+def test_a_plain_mean_of_all_batches_is_refused():
+    from fsar.training import Traces
+    with pytest.raises(FsarError, match="momentum=None"): Traces(torch.nn.BatchNorm1d(3, momentum=None))
+    frozen = torch.nn.BatchNorm1d(3, momentum=None).eval()  # it only reads its statistics
+    assert not any(t is frozen.running_mean for t in Traces(frozen).tensors)
 
 
 def test_alone_nothing_happens(tmp_path):
