@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from .config import Config
-from .core import FsarError, nearest
+from .core import FsarError, launched, nearest
 
 # %% ../nbs/50_cli.ipynb #1fc6dfd4
 GROUPS = {"data": "dataset", "episodes": "ways", "model": "method", "training": "episodes", "testing": "test_split", "output": "out"}  # → first field
@@ -511,11 +511,13 @@ def main(words: Sequence[str] | None = None  # default: the program's arguments
     "The console script `fsar`."
     try:
         command = parse(sys.argv[1:] if words is None else words)
+        if launched() > 1 and not isinstance(command, (Train, Test)): raise FsarError("only fsar train and fsar test share their work among processes: start this without the launcher")
         result = command.run()
     except FsarError as e:
         print(f"fsar: error: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt:
         print("\nfsar: stopped; the same command goes on where it stopped", file=sys.stderr); return 130
+    if not result: return 0  # the first process of a launcher says it
     text = json.dumps(result, ensure_ascii=False) if command.json else command.words(result)
     if text: print(text.encode("utf-8", "backslashreplace").decode())  # a file name need not be UTF-8
     return 0 if result.get("sound", True) else 1

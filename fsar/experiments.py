@@ -20,7 +20,7 @@ from typing import Any
 
 import fsar
 from .config import Config, differing
-from .core import FsarError, cache_dir, nearest, read_json, resource, sha256_file, write_json, writing
+from .core import FsarError, cache_dir, launched, nearest, read_json, resource, sha256_file, unlaunched, write_json, writing
 from .datasets import Data, dataset_kind, noted, prepare_data, prepare_rendered
 
 # %% ../nbs/41_experiments.ipynb #d0b3f58e
@@ -278,7 +278,7 @@ def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.trai
     from fsar.reports import headline
     out, weights = Path(config.out).absolute(), Path(training.best_folder).absolute()
     learned = {"parameters": sum(p.numel() for p in model.parameters()), "checkpoint": os.path.relpath(weights, out),
-               "episodes": int(training.history["episodes"].iloc[-1]), "selection": training.selection, "precision": training.precision}
+               "episodes": int(training.history["episodes"].iloc[-1]), "selection": training.selection, "precision": training.precision, "processes": training.processes}
     learned |= {"validation": {"accuracy": training.best_accuracy, "step": training.best_step}, "steps": training.steps, "seconds": round(training.seconds, 1)}
     metrics = {"selected_on": selected_on(config), "data": data_numbers(data, leaks_in(trained_on(config.weights), data, config.test_split)), "training": learned, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}
     metrics |= provenance(config, data, tested, weights / "model.safetensors", device, seconds + training.reused * training.seconds)
@@ -451,23 +451,62 @@ def check_names(config: Config) -> None:
     BACKBONES[config.backbone]
     choose_device(config.device)
 
+# %% ../nbs/41_experiments.ipynb #31e2824e
+def _open(out: Path, config: Config, template: str, overwrite: bool, progress: bool) -> None:
+    "Make the folder ready for a run."
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
+    if overwrite: clear(out, template)
+    if (out / "run.json").exists() and progress: print(f"going on with the interrupted run in {out}", file=sys.stderr)
+    write_json(out / "run.json", {**_identity(config, template), "status": "running", "started": now()})
+
+def _identity(config: Config, template: str) -> dict[str, Any]:
+    "What run.json says of a run, beside status and times."
+    return dict(config=config.to_dict(), config_hash=config.hash, template=template)
+
+# %% ../nbs/41_experiments.ipynb #cd9bb0bc
+def _train_together(out: Path, config: Config, template: str, overwrite: bool, progress: bool) -> bool:  # whether this is the process that makes the report
+    "Train with all processes of a launcher; the first settles the folder and prepares the data before the others."
+    from fsar.evaluation import world
+    from fsar.training import agree, choose_device, choose_precision, first, processes, train
+    if template != "train": raise FsarError(f"the template {template!r} is executed by one process: start it without the launcher")
+    check_names(config)
+    with processes(config.device):
+        main = world()[0] == 0
+        reused = first(lambda: _settled(out, config, template, overwrite, progress))
+        agree(reused, out)
+        if reused: return main
+        data = first(lambda: prepare_data(config, progress=progress and main))
+        model = first(lambda: model_for(config, data))
+        validate = validator(config, data, model, None, choose_precision(config.precision, choose_device(config.device)))
+        train(config, model, training_episodes(config, data, model), validate, out / "checkpoints", progress=progress)
+    return main
+
+def _settled(out: Path, config: Config, template: str, overwrite: bool, progress: bool) -> bool:  # True when a finished run lies there
+    "`claim` in every process; the first makes the folder ready."
+    from fsar.evaluation import world
+    main = world()[0] == 0
+    finished = claim(out, config, template, overwrite and main)
+    if main and not finished: _open(out, config, template, overwrite, progress)
+    return finished
+
 # %% ../nbs/41_experiments.ipynb #6e231854
 def run(config: Config, *,
         template: str = "train",  # name of a notebook in the templates folder
         overwrite: bool = False,  # replace what another configuration left in config.out
         progress: bool = True,  # show bars on stderr
-        ) -> dict[str, Any]:  # what metrics.json holds
+        ) -> dict[str, Any]:  # what metrics.json holds; nothing in the other processes of a launcher
     """Train, test and report: execute the template into `config.out`; ends by printing the headline and where the report is.
 
     A finished run of the same configuration is reused, an interrupted one resumed. A cell that fails leaves the notebook with its traceback; the
     error here says why in one line."""
     out, source = Path(config.out), resource("templates") / f"{template}.ipynb"
     check_template(source, config.to_dict())
-    if claim(out, config, template, overwrite): print(f"nothing to run: {out} holds a finished run of this configuration ({config.hash[:12]}); its results:")
+    together = launched() > 1
+    if together and not _train_together(out, config, template, overwrite, progress): return {}
+    if claim(out, config, template, overwrite and not together): print(f"nothing to run: {out} holds a finished run of this configuration ({config.hash[:12]}); its results:")
     else:
         check_names(config)
-        with writing(out): out.mkdir(parents=True, exist_ok=True)
-        if overwrite: clear(out, template)
+        if not together: _open(out, config, template, overwrite, progress)
         _execute(source, out, config, template, progress)
     if not (out / "report.html").exists(): to_html(out / f"{template}.ipynb", out / "report.html")
     metrics = read_json(out / "metrics.json")
@@ -477,8 +516,7 @@ def run(config: Config, *,
 # %% ../nbs/41_experiments.ipynb #cade78d3
 def _execute(source: Path, out: Path, config: Config, template: str, progress: bool) -> None:
     "Make the report of a configuration."
-    if (out / "run.json").exists() and progress: print(f"going on with the interrupted run in {out}", file=sys.stderr)
-    produce(source, out, config.to_dict(), dict(config=config.to_dict(), config_hash=config.hash, template=template), progress)
+    produce(source, out, config.to_dict(), _identity(config, template), progress)
 
 def produce(source: Path, out: Path, parameters: Mapping[str, Any], state: Mapping[str, Any],  # what run.json says, beside status and times
             progress: bool = True) -> None:
@@ -497,7 +535,8 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], progress:
     check_kernel(source)
     # the kernel's own notices stay out of the terminal; it is killed at the end or on Ctrl-C, since all that matters is on the disk by then
     kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
-    try: papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
+    try:
+        with unlaunched(): papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
     finally: _tidy_file(target)
 
@@ -539,17 +578,22 @@ def checkpoint_of(place: str | Path) -> tuple[Path, dict[str, Any]]:
     return place, read_json(home / "run.json")["config"] if home else {}
 
 def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
-                    changes: Mapping[str, Any]) -> dict[str, Any]:  # fields of Config that differ from training
+                    changes: Mapping[str, Any]  # fields of Config that differ from training
+                    ) -> dict[str, Any]:  # nothing in the other processes of a launcher, which share the work
     "Test a saved model; what `changes` does not name is as it was in training. `FsarError` where it would meet classes that it was trained on."
     from fsar.checkpoints import load_model
-    from fsar.training import choose_device, choose_precision
+    from fsar.evaluation import world
+    from fsar.training import choose_device, choose_precision, first, processes
     weights, known = checkpoint_of(place)
     model = load_model(weights)
     if not known and "dataset" not in changes: raise FsarError(f"{weights} does not say which data it was trained on: name some with --dataset")
     config = Config.from_dict({**known, **_elsewhere(known, changes), "method": model.config["method"], "frames": model.config["frames"]})
-    data, device = prepare_data(config), choose_device(config.device)
-    with noted() as notes: leaks = guard(_seen(weights, known), config, data)
-    tested = evaluate_model(model, config, data, device=device, precision=choose_precision(config.precision, device))
+    with processes(config.device):
+        (main, several), device = (world()[0] == 0, world()[1] > 1), choose_device(config.device)
+        data = first(lambda: prepare_data(config, progress=main))
+        with noted() as notes: leaks = guard(_seen(weights, known), config, data)
+        tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device))
+    if not main: return {}
     chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))
     numbered = data_numbers(dataclasses.replace(data, notes=data.notes + tuple(notes)), leaks)
     return {"checkpoint": str(weights), "selected_on": chosen, "config": config.to_dict(), "data": numbered, "results": [numbers(r) for r in tested.results], "reversed_pairs": reversed_numbers(tested)}

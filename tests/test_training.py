@@ -4,9 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -437,43 +435,7 @@ def test_a_file_where_the_output_should_be(tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-# ---- several processes
-
-SCRIPT = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-import test_training as t
-from accelerate import PartialState
-seen = []
-class Noted(t.Episodes):
-    def __getitem__(self, index): seen.append(index); return super().__getitem__(index)
-model = t.tiny(); model.backbone.body[3].p = 0.0
-config = t.settings(episodes=8, tasks_per_step=4, validate_every=4)
-result = t.run({out!r}, config, model, Noted())
-state = PartialState()
-assert state.num_processes == 2, "this ran as one process"
-os.write(1, ("RANK %d %s %s" % (state.process_index, seen, result.best_accuracy) + chr(10)).encode())  # in one piece: the other rank writes too
-"""
-
-
-@pytest.mark.timeout(120)
-def test_two_processes_see_the_same_episodes_and_learn_the_same(tmp_path):
-    "Rank r takes every second episode; the weights agree with one process's up to rounding."
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "script.py")]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try: said, complained = launcher.communicate(timeout=100)
-    finally: launcher.terminate()  # which also ends its processes
-    assert launcher.returncode == 0, complained[-3000:]
-    assert "RANK 0 [0, 2, 4, 6]" in said and "RANK 1 [1, 3, 5, 7]" in said
-    one = tiny()
-    one.backbone.body[3].p = 0.0
-    run(tmp_path / "one", settings(episodes=8, tasks_per_step=4, validate_every=4), one)
-    from safetensors.torch import load_file
-    first, second = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(first[k], second[k], atol=2e-5) for k in first if "running" not in k and "num_batches" not in k)
-
+# ---- several processes (more: test_processes.py)
 
 def test_processes_must_share_evenly():
     from fsar.training import _check_processes
