@@ -37,8 +37,8 @@ def _call(work: bytes, item: bytes, place: str,  # the folder to work in
     except (Exception, SystemExit) as e: return _reason(e)
     return ""
 
-# %% ../nbs/41_cluster.ipynb #d7e56e0f
-CARRIED = ("FSAR_CACHE", "FSAR_QUIET", "TORCH_HOME", "MPLBACKEND")  # variables of this process that workers get too
+# %% ../nbs/41_cluster.ipynb #1d0f4ca7
+CARRIED = ("FSAR_CACHE", "FSAR_QUIET", "TORCH_HOME")  # variables of this process that workers get too
 
 def worker_environment(threads: int  # torch's, in each worker
                        ) -> dict[str, str]:
@@ -47,7 +47,7 @@ def worker_environment(threads: int  # torch's, in each worker
     paths = [Path(fsar.__file__).parents[1], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
     if cache := carried.get("FSAR_CACHE"): carried["FSAR_CACHE"] = os.path.abspath(cache)
-    return carried | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return carried | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
 
 # %% ../nbs/41_cluster.ipynb #30414cd1
 HOW = "start one with `ray start --head` on one machine and `ray start --address=HOST:6379` on the others, or give no address to use this machine alone"
@@ -91,7 +91,7 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]: del os.environ[name]
         os.environ.update(before)
 
-# %% ../nbs/41_cluster.ipynb #502cd8df
+# %% ../nbs/41_cluster.ipynb #62a08dfd
 def _start(ray: Any, where: Mapping[str, Any], threads: int, tries: int) -> None:
     "Connect; Ray's processes wait no longer than 15 seconds for each other, so on a busy machine a second try may do."
     for left in reversed(range(tries)):
@@ -101,13 +101,25 @@ def _start(ray: Any, where: Mapping[str, Any], threads: int, tries: int) -> None
             if not left: raise FsarError(f"Ray did not {'start on this machine' if tries > 1 else 'let this process in'}: {_reason(e)}") from e
 
 @contextlib.contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    "Inside, Ray prints nothing about workers that die; its own debugger uses this switch."
+    before, ray._private.worker._worker_logs_enabled = getattr(ray._private.worker, "_worker_logs_enabled", True), False
+    try: yield
+    finally: ray._private.worker._worker_logs_enabled = before
+
+def _short_folder() -> contextlib.AbstractContextManager[str]:
+    "A temporary folder; `/tmp` where the usual place has a long path."
+    place = "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else None
+    return tempfile.TemporaryDirectory(prefix="fsar-ray-", dir=place, ignore_cleanup_errors=True)
+
+# %% ../nbs/41_cluster.ipynb #a89ff135
+@contextlib.contextmanager
 def ray_cluster(address: str, threads: int) -> Iterator[Any]:  # the package ray, connected
     "Inside, this process is connected to the cluster at `address`, or to one of its own that ends with the block."
     ray = import_ray()
     if ray.is_initialized(): raise FsarError("this process is connected to a Ray cluster already: call ray.shutdown() first")
     if address: check_address(address)
-    short = "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else None
-    with tempfile.TemporaryDirectory(prefix="fsar-ray-", dir=short, ignore_cleanup_errors=True) as folder:
+    with _silent(ray), contextlib.nullcontext() if address else _short_folder() as folder:
         own = {"address": "local", "include_dashboard": False, "object_store_memory": 2**28, "_temp_dir": folder}
         with _variables({} if address else _settings()): _start(ray, {"address": address} if address else own, threads, 1 if address else 3)
         try: yield ray
@@ -129,16 +141,15 @@ def _lacking(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> st
     offered = "; ".join(f"{count} with {offer}" for offer, count in offers.most_common(5)) or "none alive"
     return f"no node of the cluster has the {_amount(cpus, gpus)} that each run asks for (nodes: {offered}): ask for less, or add a node with `ray start --address=…`"
 
-# %% ../nbs/41_cluster.ipynb #c63b6c96
+# %% ../nbs/41_cluster.ipynb #f438db2e
 def _look(token: str, place: str, version: str) -> str:
     "What is wrong with this node, or an empty text; runs on it."
     import fsar
     folder = os.path.dirname(token)
     if fsar.__version__ != version: return f"has fsar {fsar.__version__}, this machine {version}"
     if not os.path.isdir(place): return f"does not see the folder {place}, in which this sweep was started"
-    if os.path.basename(token) not in (os.listdir(folder) if os.path.isdir(folder) else []):
-        return f"does not see the results' folder {folder}" + (" (it has another one of that name)" if os.path.isdir(folder) else "")
-    return ""
+    if os.path.exists(token): return ""
+    return f"does not see the results' folder {folder}" + (" (it has another one of that name)" if os.path.isdir(folder) else "")
 
 def _named(node: Mapping[str, Any]) -> str: return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})"
 
@@ -162,7 +173,7 @@ def _brief(error: Exception) -> str:
     "The last line of one of Ray's long messages, which names the cause."
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
-# %% ../nbs/41_cluster.ipynb #c0e1e817
+# %% ../nbs/41_cluster.ipynb #e8e1e971
 DEATHS = {"OutOfMemoryError": "its node ran out of memory", "NodeDiedError": "its node died", "WorkerCrashedError": "its process was killed, perhaps for want of memory"}
 
 def _ending(ray: Any, ref: Any) -> tuple[str, bool]:  # reason, and whether a death was the cause
@@ -171,35 +182,34 @@ def _ending(ray: Any, ref: Any) -> tuple[str, bool]:  # reason, and whether a de
     except ray.exceptions.RayTaskError as e: return _brief(e), False
     except ray.exceptions.RayError as e: return DEATHS.get(type(e).__name__, f"{type(e).__name__}: {_brief(e)}"), True
 
-def _sent(ray: Any, value: Any, what: str) -> bytes:
+def _packed(value: Any, what: str) -> bytes:
     "`value` pickled, functions of a notebook included."
-    try: return ray.cloudpickle.dumps(value)
+    try: return import_ray().cloudpickle.dumps(value)
     except Exception as e: raise FsarError(f"{what} cannot be sent to another process: {_reason(e)}") from e
 
-# %% ../nbs/41_cluster.ipynb #e1ff0eb5
-def _run(ray: Any, work: Callable[[Any], None], items: Sequence[Any], cpus: float, gpus: float, attempts: int) -> Iterator[tuple[Any, str]]:
+# %% ../nbs/41_cluster.ipynb #0fab166c
+def _run(ray: Any, work: bytes, items: Sequence[bytes], cpus: float, gpus: float, attempts: int) -> Iterator[tuple[int, str]]:  # an item's number, and how it ended
     "Start everything, start again what died, and end what is under way when the caller stops asking."
     call = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1, scheduling_strategy="SPREAD")(_call)
-    sent, place = ray.put(_sent(ray, work, "the work")), os.getcwd()
-    packed = [_sent(ray, item, f"item {k}") for k, item in enumerate(items)]
-    running = {call.remote(sent, pack, place): (k, 1) for k, pack in enumerate(packed)}
+    sent, place = ray.put(work), os.getcwd()
+    running = {call.remote(sent, item, place): (k, 1) for k, item in enumerate(items)}
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=5)
             if not done and not _fitting(ray.nodes(), cpus, gpus):
                 lacking = _lacking(ray.nodes(), cpus, gpus)
-                yield from [(items[k], f"it never ended: {lacking}") for k, _ in running.values()]
+                yield from [(k, f"it never ended: {lacking}") for k, _ in running.values()]
                 return
             for ref in done:
                 k, tried = running.pop(ref)
                 reason, died = _ending(ray, ref)
-                if died and tried < attempts: running[call.remote(sent, packed[k], place)] = k, tried + 1
-                else: yield items[k], f"it was started {tried} times and died each time, the last time because {reason}" if died else reason
+                if died and tried < attempts: running[call.remote(sent, items[k], place)] = k, tried + 1
+                else: yield k, f"it was started {tried} times and died each time, the last time because {reason}" if died else reason
     finally:
         for ref in running: ray.cancel(ref, force=True)
         if running: ray.wait(list(running), num_returns=len(running), timeout=10)
 
-# %% ../nbs/41_cluster.ipynb #a38f09e2
+# %% ../nbs/41_cluster.ipynb #fa6c20f5
 def on_ray(work: Callable[[Any], None], items: Sequence[Any], *,
            address: str = "",  # of a running cluster: host:port, ray://host:port or "auto"; empty: one on this machine, started here and ended at the end
            folder: Path,  # the results' folder, which every node must see
@@ -212,6 +222,7 @@ def on_ray(work: Callable[[Any], None], items: Sequence[Any], *,
         raise FsarError(f"a run cannot ask for {_amount(cpus, gpus)}: whole numbers can be asked for, and parts of one processor such as 0.5; at least some CPU")
     if min(threads, attempts) < 1: raise FsarError(f"threads ({threads}) and attempts ({attempts}) must be at least 1")
     if not items: return
+    packed = _packed(work, "the work"), [_packed(item, f"item {k}") for k, item in enumerate(items)]
     with ray_cluster(address, threads) as ray:
         check_nodes(ray, Path(folder).absolute(), cpus, gpus)
-        yield from _run(ray, work, items, cpus, gpus, attempts)
+        for k, reason in _run(ray, *packed, cpus, gpus, attempts): yield items[k], reason
