@@ -253,6 +253,11 @@ def start_of(weights: str  # as in Config.weights
     return {"method": record["model"]["method"], "episodes": record.get("training", {}).get("settings", {}).get("episodes"), "weights": record["files"]["model.safetensors"]}
 
 # %% ../nbs/42_comparison.ipynb #abde6255
+def _trained_elsewhere(record: Mapping[str, Any]) -> dict[str, str]:
+    "Whose training a run was tested with, where it is another folder's."
+    place = Path(record.get("checkpoint", ""))
+    return {"taken_from": place.parents[2].as_posix()} if ".." in place.parts else {}
+
 def measured(base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "",
              command: str = "",  # that makes it again
              ) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def origins(data: experiments.Data, records: Mapping[str, Mapping[str, Any]]) ->
     def all_of(key: str) -> list[Any]: return list({str(r[key]): r[key] for r in records.values()}.values())
     episodes = {name: digest for r in records.values() for name, digest in r["episodes"].items()}
     kept = ("config_hash", "weights", "git", "device", "ended", "training_seconds", "test_seconds", "steps", "selection", "precision", "taken_from")
-    runs = {name: {k: r[k] for k in kept if k in r} for name, r in records.items()}
+    runs = {name: {k: r[k] for k in kept if k in r} | _trained_elsewhere(r) for name, r in records.items()}
     return {"hashes": {"videos and split": data.manifest_hash, "prepared frames": data.store.hash} | {f"episodes {name}": digest for name, digest in episodes.items()},
             "versions": experiments.versions(), "git": experiments.git_state(), "device": "; ".join(all_of("device")), "trainings": runs,
             "peak_memory": {k: max(r["peak_memory"].get(k, 0) for r in records.values()) for k in next(iter(records.values()))["peak_memory"]},
@@ -336,7 +341,11 @@ def origin(metrics: Mapping[str, Any]) -> dict[str, Any]:
     from fsar.reports import origin
     rows = origin(metrics)
     commits = {f"commit {git['commit']}" + (", with uncommitted changes" if git["dirty"] else "") if git else "installed package" for git in (run["git"] for run in metrics["trainings"].values())}
-    return {"finished": rows.pop("finished"), "time": f"{rows.pop('time')} for all runs, one after the other", **rows, "code of the runs": sorted(commits)}
+    taken: dict[str, list[str]] = {}
+    for name, run in metrics["trainings"].items():
+        if "taken_from" in run: taken.setdefault(run["taken_from"], []).append(name)
+    return {"finished": rows.pop("finished"), "time": f"{rows.pop('time')} for all runs, one after the other", **rows, "code of the runs": sorted(commits),
+            **({"trained in another report's folder": "; ".join(f"{folder}: {', '.join(names)}" for folder, names in taken.items())} if taken else {})}
 
 # %% ../nbs/42_comparison.ipynb #defff88f
 def dots(ax: Any, rows: Mapping[str, Mapping[str, Any]],  # label → numbers of one test; rows without any are left empty
