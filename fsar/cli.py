@@ -322,7 +322,7 @@ class Compare(Command):
     runs: Annotated[tuple[str, ...], tyro.conf.arg(help="the rows, each in quotes: a method, its options and a sampler, and before a colon a name of its own", help_behavior_hint="")] = ()
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="every row is trained once with each")] = (0, 1, 2)
     reference: Annotated[str, tyro.conf.arg(help="label of the row that differences are to; empty: the first", help_behavior_hint="")] = ""
-    how: tyro.conf.OmitArgPrefixes[Where]
+    computing: tyro.conf.OmitArgPrefixes[Where]
     data: options("data", [f.name for f in grouped()["data"]])
     episodes: options("episodes", [f.name for f in grouped()["episodes"]])
     model: options("model", ["backbone", "weights"])
@@ -334,7 +334,7 @@ class Compare(Command):
     def run(self) -> dict[str, Any]:
         from fsar.comparison import compare_methods
         own = {name: getattr(self, name) for name in ("seeds", "reference", "overwrite")}
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return compare_methods(self.config(out=self.out), self.runs, **own, **self.how.given())
+        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return compare_methods(self.config(out=self.out), self.runs, **own, **self.computing.given())
 
     def words(self, result: dict[str, Any]) -> str: return ""  # compare_methods has said it
 
@@ -351,7 +351,7 @@ class Study(Command):
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="every row is trained once with each")] = (0, 1, 2)
     reference: Annotated[str, tyro.conf.arg(help="label of the row that differences are to; empty: the study's", help_behavior_hint="")] = ""
     levels: Annotated[tuple[float, ...], tyro.conf.arg(help="settings of the dial, only for misalignment", help_behavior_hint="(default: 0 0.25 0.5 0.75 1)")] = ()
-    how: tyro.conf.OmitArgPrefixes[Where]
+    computing: tyro.conf.OmitArgPrefixes[Where]
     data: options("data", [f.name for f in grouped()["data"]], optional=True)
     episodes: options("episodes", [f.name for f in grouped()["episodes"]], optional=True)
     model: options("model", ["backbone", "weights"], optional=True)
@@ -366,7 +366,7 @@ class Study(Command):
         given = {k: v for g in groups for k, v in vars(g).items() if v is not None} | ({"out": self.out} if self.out else {})
         own = {"levels": self.levels} if self.levels else {}
         with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout):
-            return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.how.given(), **given)
+            return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.computing.given(), **given)
 
     def words(self, result: dict[str, Any]) -> str: return ""  # study has said it
 
@@ -380,7 +380,7 @@ class Sweep(Command):
     For example: fsar sweep lr.toml --processes 2 --out sweeps/lr"""
     file: word("the sweep, a .toml file", "FILE")
     out: Annotated[str, tyro.conf.arg(help="folder for checkpoints, results and results.csv")]
-    how: tyro.conf.OmitArgPrefixes[Where]
+    computing: tyro.conf.OmitArgPrefixes[Where]
     status: switch("only say how the sweep in --out stands") = False
     parquet: switch("write the table as results.parquet instead (needs pyarrow)") = False
     overwrite: switch("replace what runs of other configurations left in --out under the same names") = False
@@ -390,7 +390,7 @@ class Sweep(Command):
         jobs = read_sweep(self.file)
         if self.status: return sweep_status(jobs, self.out)
         with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout):
-            return run_sweep(jobs, self.out, workers=self.how.workers(), reuse=self.how.reuse, overwrite=self.overwrite, parquet=self.parquet)
+            return run_sweep(jobs, self.out, workers=self.computing.workers(), reuse=self.computing.reuse, overwrite=self.overwrite, parquet=self.parquet)
 
     def words(self, result: dict[str, Any]) -> str:
         import pandas as pd

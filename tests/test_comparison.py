@@ -73,7 +73,7 @@ def test_the_command_makes_the_comparison_again():
     text = comparison.command(base, rows, [3, 4], reference="otam", processes=2, threads=3)
     made = parse(shlex.split(text)[1:])
     assert made.config(out=made.out) == base and parse_rows(made.runs) == rows
-    assert (made.seeds, made.reference, made.how.processes, made.how.threads, made.overwrite) == ((3, 4), "otam", 2, 3, False)
+    assert (made.seeds, made.reference, made.computing.processes, made.computing.threads, made.overwrite) == ((3, 4), "otam", 2, 3, False)
 
 
 # numbers, by hand

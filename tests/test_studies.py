@@ -41,7 +41,7 @@ def test_the_command_means_the_study(name):
     base, rows = base_of(name, lr=0.5, flip=True, test_shots=(1, 3), out="reports/my own"), parse_rows(STUDIES[name].rows)
     made = cli.parse(shlex.split(studies.study_command(name, base, rows, [4], reference=STUDIES[name].reference, processes=2, **STUDIES[name].own))[1:])
     given = {k: v for g in (made.data, made.episodes, made.model, made.training, made.testing) for k, v in vars(g).items() if v is not None}
-    assert base_of(name, out=made.out, **given) == base and made.seeds == (4,) and made.how.processes == 2 and made.runs == () and made.levels == ()
+    assert base_of(name, out=made.out, **given) == base and made.seeds == (4,) and made.computing.processes == 2 and made.runs == () and made.levels == ()
 
 
 def test_molo_rows_have_the_parts_that_they_name():
