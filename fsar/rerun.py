@@ -21,7 +21,7 @@ from .reports import duration
 
 # %% ../nbs/46_rerun.ipynb #a662013f
 TIMES = {"wall_time_s", "seconds", "training_seconds", "test_seconds", "finished", "ended"}
-CIRCUMSTANCES = {"command", "git", "versions", "device", "peak_memory", "configuration", "config_hash"}
+CIRCUMSTANCES = {"command", "git", "versions", "device", "peak_memory", "configuration", "config_hash", "taken_from"}
 IGNORED = TIMES | CIRCUMSTANCES | PLACES
 ASKED = {"config", "seeds", "settings", "recipe", "levels", "episodes", "methods", "reference"}  # settings in the metrics.json of all kinds of report
 
