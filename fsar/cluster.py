@@ -91,15 +91,28 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]: del os.environ[name]
         os.environ.update(before)
 
-# %% ../nbs/41_cluster.ipynb #62a08dfd
-def _start(ray: Any, where: Mapping[str, Any], threads: int, tries: int) -> None:
-    "Connect; Ray's processes wait no longer than 15 seconds for each other, so on a busy machine a second try may do."
+# %% ../nbs/41_cluster.ipynb #f606982b
+def _end(folder: str) -> None:
+    "End what a start that failed has left running: our children that were told of the folder."
+    import psutil
+    left = [p for p in psutil.Process().children(recursive=True) if p.is_running() and folder in " ".join(p.cmdline())]
+    for process in left: process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+def _start(ray: Any, threads: int, folder: str, tries: int = 3) -> None:
+    "Ray on this machine; its processes wait no longer than 15 seconds for each other, so on a busy machine another try may do."
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": 2**28, "_temp_dir": folder}
     for left in reversed(range(tries)):
-        try: return ray.init(**where, runtime_env={"env_vars": worker_environment(threads)}, log_to_driver=False, logging_level="ERROR")
+        try: return _connect(ray, threads, own)
         except (Exception, SystemExit) as e:
             ray.shutdown()
-            if not left: raise FsarError(f"Ray did not {'start on this machine' if tries > 1 else 'let this process in'}: {_reason(e)}") from e
+            _end(folder)
+            if not left: raise FsarError(f"Ray did not start on this machine in {tries} tries: {_reason(e)}") from e
 
+def _connect(ray: Any, threads: int, where: Mapping[str, Any]) -> None:
+    ray.init(**where, runtime_env={"env_vars": worker_environment(threads)}, log_to_driver=False, logging_level="ERROR")
+
+# %% ../nbs/41_cluster.ipynb #ee653176
 @contextlib.contextmanager
 def _silent(ray: Any) -> Iterator[None]:
     "Inside, Ray prints nothing about workers that die; its own debugger uses this switch."
@@ -112,7 +125,7 @@ def _short_folder() -> contextlib.AbstractContextManager[str]:
     place = "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else None
     return tempfile.TemporaryDirectory(prefix="fsar-ray-", dir=place, ignore_cleanup_errors=True)
 
-# %% ../nbs/41_cluster.ipynb #a89ff135
+# %% ../nbs/41_cluster.ipynb #b840289b
 @contextlib.contextmanager
 def ray_cluster(address: str, threads: int) -> Iterator[Any]:  # the package ray, connected
     "Inside, this process is connected to the cluster at `address`, or to one of its own that ends with the block."
@@ -120,9 +133,9 @@ def ray_cluster(address: str, threads: int) -> Iterator[Any]:  # the package ray
     if ray.is_initialized(): raise FsarError("this process is connected to a Ray cluster already: call ray.shutdown() first")
     if address: check_address(address)
     with _silent(ray), contextlib.nullcontext() if address else _short_folder() as folder:
-        own = {"address": "local", "include_dashboard": False, "object_store_memory": 2**28, "_temp_dir": folder}
-        with _variables({} if address else _settings()): _start(ray, {"address": address} if address else own, threads, 1 if address else 3)
-        try: yield ray
+        try:
+            with _variables({} if address else _settings()): _start(ray, threads, folder) if folder else _connect(ray, threads, {"address": address})
+            yield ray
         finally: ray.shutdown()
 
 # %% ../nbs/41_cluster.ipynb #a2f0cc0a

@@ -21,19 +21,19 @@ from fsar import cluster
 from fsar.cluster import check_address, on_ray
 from fsar.core import FsarError
 
-try: import ray
+try:
+    import ray
+    from ray import cluster_utils
 except ImportError: ray = None
 needs_ray = pytest.mark.skipif(ray is None, reason="Ray is not installed: pip install 'fsar[cluster]'")
 
-MARK = {"FSAR_TEST": uuid.uuid4().hex}
 
-
-def marked() -> list[str]:
-    "Living processes, other than this one, with our mark in their environment."
+def marked(mark: str) -> list[int]:
+    "Living processes, other than this one, with the mark in their environment."
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int(process.name) != os.getpid() and MARK["FSAR_TEST"].encode() in (process / "environ").read_bytes(): found.append(f"{process.name} {(process / 'cmdline').read_bytes()[:60]!r}")
+            if int(process.name) != os.getpid() and mark.encode() in (process / "environ").read_bytes(): found.append(int(process.name))
         except OSError: pass  # it ended meanwhile, or is another user's
     return found
 
@@ -55,15 +55,26 @@ def alive(pid: int) -> bool:
 class Nodes:
     "Two nodes with a CPU each; more can come and go."
 
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-        self.cluster = Cluster()
-        self.add(include_dashboard=False, include_log_monitor=False, no_monitor=True, _system_config={"health_check_period_ms": 1000, "health_check_failure_threshold": 3})
+    def __init__(self, mark: str) -> None:
+        self.cluster, self.mark = cluster_utils.Cluster(), mark
+        self.start(include_dashboard=False, include_log_monitor=False, no_monitor=True, _system_config={"health_check_period_ms": 1000, "health_check_failure_threshold": 3})
         self.add()
         self.address = self.cluster.address
 
-    def add(self, cpus: int = 1, **options):
+    def start(self, cpus: int = 1, **options):
         return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20, **options)
+
+    def add(self, cpus: int = 1): return patiently(lambda: self.start(cpus), self.mark)
+
+
+def patiently(start, mark: str):
+    "Ray's processes wait 15 seconds for each other and then give up, which a busy machine can exceed: what a start has left is ended, and it is tried again."
+    for left in (2, 1, 0):
+        before = set(marked(mark))
+        try: return start()
+        except Exception:
+            for pid in set(marked(mark)) - before: os.kill(pid, signal.SIGKILL)
+            if not left: raise
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +82,13 @@ def nodes() -> Iterator[Nodes]:
     "The cluster of this file, of which nothing is left afterwards; functions of this file travel to its workers by value."
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory(prefix="fsar-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**cluster.SETTINGS, "RAY_worker_niceness": "0", "RAY_TMPDIR": folder, **MARK}.items(): patch.setenv(name, value)
+        for name, value in {**cluster.SETTINGS, "RAY_worker_niceness": "0", "RAY_TMPDIR": folder, "FSAR_TEST": (mark := uuid.uuid4().hex)}.items(): patch.setenv(name, value)
         (Path(folder) / "ray").mkdir()
-        nodes = Nodes()
+        nodes = patiently(lambda: Nodes(mark), mark)
         yield nodes
         ray.shutdown()
         nodes.cluster.shutdown()
-        until(lambda: not marked(), 30)
+        until(lambda: not marked(mark), 30)
 
 
 @pytest.fixture
@@ -278,7 +289,8 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
     for folder in (home, place): folder.mkdir()
     (place / "script.py").write_text(textwrap.dedent(script))
     paths = [str(Path(cluster.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), **MARK}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # some may be set for the cluster above
+    environment = {**others, "HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), "FSAR_TEST": (mark := uuid.uuid4().hex)}
     driver = subprocess.Popen([sys.executable, "script.py"], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert driver.stdout.readline() == "0 ''\n"
@@ -288,5 +300,5 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
     finally: driver.kill()
     assert out == "" and error.startswith("Traceback") and error.endswith("KeyboardInterrupt\n") and "[20" not in error, "none of Ray's own lines"
     assert (place / "results" / "0.txt").read_text() == f"2 {place}"
-    until(lambda: not marked(), 30)
+    until(lambda: not marked(mark), 30)
     assert not list(home.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"home", "place"} and {p.name for p in (place / "results").iterdir()} == {"0.txt", "1.txt"}
