@@ -7,7 +7,8 @@ __all__ = ['RECIPE', 'STUDIES', 'BY_PARTS', 'ALONG_AXES', 'SAME', 'Study', 'base
            'printed_numbers', 'gains_figure', 'parts_table', 'all_parts', 'agreement', 'points', 'part_sentences',
            'agreement_sentence', 'point', 'points_over_ways', 'points_over', 'curve_figure', 'curve_table',
            'curve_sentences', 'printed_curve', 'misaligned', 'check_levels', 'points_over_levels', 'backbone_table',
-           'noise_type', 'opening', 'bullets', 'beside_published', 'closing', 'study_command', 'measured', 'study']
+           'noise_type', 'opening', 'answer_note', 'bullets', 'beside_published', 'closing', 'study_command',
+           'measured', 'study']
 
 # %% ../nbs/45_studies.ipynb #c50a1339
 import itertools, os, shlex
@@ -303,12 +304,20 @@ def noise_type() -> Any:
     import torch
     return torch.uint8
 
-# %% ../nbs/45_studies.ipynb #1c689087
+# %% ../nbs/45_studies.ipynb #f9e803af
 def opening(metrics: Mapping[str, Any]) -> None:
     "Title, notes, failed runs."
     from IPython.display import Markdown, display
     display(Markdown(f"# {STUDIES[metrics['study']].title}, on {metrics['data']['name']}"))
     for note in [f"**Note:** {note}" for note in metrics["data"]["notes"]] + comparison.failures(metrics): display(Markdown(note))
+
+def answer_note(metrics: Mapping[str, Any]) -> str:
+    "How a study's numbers are to be read."
+    r = next(row["results"][0] for row in metrics["rows"].values() if row["results"])
+    seeds, pairs = len(metrics["seeds"]), any(row["reversed_pairs"] for row in metrics["rows"].values())
+    chances = sorted({r["chance"] for row in metrics["rows"].values() for r in row["results"]}, reverse=True)
+    return (f"Mean accuracy {'of one training' if seeds == 1 else f'over {seeds} seeds'} ± 95 % interval over the {r['episodes']:,} test episodes. Guessing gives {' to '.join(percent(c) for c in (chances if len(chances) < 3 else [chances[0], chances[-1]]))}"
+            + (", 50.0 % on the pairs." if pairs else "."))
 
 def bullets(said: Sequence[str]) -> None:
     "Display sentences as a list."
