@@ -364,10 +364,12 @@ def dots(ax: Any, rows: Mapping[str, Mapping[str, Any]],  # label → numbers of
 
 # %% ../nbs/42_comparison.ipynb #06a81fbb
 def _panels(count: int, rows: int) -> tuple[Any, Any]:
-    "A figure with panels beside each other, as high as so many rows need."
+    "A figure with panels, at most three beside each other, as high as so many rows need."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, count, figsize=(1.2 + 4.2 * count, 1.1 + 0.32 * rows), sharey=True, squeeze=False, layout="constrained")
-    return figure, axes[0]
+    wide, high = min(count, 3), -(-count // 3)
+    figure, axes = plt.subplots(high, wide, figsize=(1.2 + 4.2 * wide, (1.1 + 0.32 * rows) * high), sharey=True, squeeze=False, layout="constrained")
+    for ax in axes.flat[count:]: ax.set_visible(False)
+    return figure, axes.flat[:count]
 
 def methods_figure(metrics: Mapping[str, Any]) -> Any:  # matplotlib Figure
     "Accuracy of every row, a panel for each test; chance is dashed."
