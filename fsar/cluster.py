@@ -59,14 +59,19 @@ def _listens(address: str) -> None:
     try: socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as e: raise FsarError(f"nothing answers at the address {address} ({e}): is the Ray cluster running? {HOW[0].upper()}{HOW[1:]}") from e
 
-# %% ../nbs/41_cluster.ipynb #6f8626e5
-PROBE = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+# %% ../nbs/41_cluster.ipynb #c46b7d63
+PROBE = """import os, sys, threading, ray
+late = threading.Timer(float(sys.argv[2]), os._exit, [75])
+late.daemon = True
+late.start()
+try: ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except BaseException as e: sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))"""
 
-def check_address(address: str, seconds: float = 15) -> None:
-    "`FsarError` unless a Ray cluster at `address` lets this machine in within so many seconds."
+def check_address(address: str, seconds: float = 10) -> None:
+    "`FsarError` unless a Ray cluster at `address` lets this machine in within so many seconds, not counting the import of Ray."
     if address != "auto": _listens(address)
-    try: asked = subprocess.run([sys.executable, "-c", PROBE, address], capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired: raise FsarError(f"no Ray cluster answered at the address {address} within {seconds:g} seconds; {HOW}") from None
+    asked = subprocess.run([sys.executable, "-c", PROBE, address, str(seconds)], capture_output=True, text=True)
+    if asked.returncode == 75: raise FsarError(f"no Ray cluster answered at the address {address} within {seconds:g} seconds; {HOW}")
     if asked.returncode: raise FsarError(f"cannot join a Ray cluster at the address {address} ({(asked.stderr.strip().splitlines() or ['no reason given'])[-1]}); {HOW}")
 
 # %% ../nbs/41_cluster.ipynb #7f5b3d0a
@@ -91,13 +96,13 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]: del os.environ[name]
         os.environ.update(before)
 
-# %% ../nbs/41_cluster.ipynb #f606982b
+# %% ../nbs/41_cluster.ipynb #be31edbc
 def _end(folder: str) -> None:
     "End what a start that failed has left running: our children that were told of the folder."
     import psutil
-    left = [p for p in psutil.Process().children(recursive=True) if p.is_running() and folder in " ".join(p.cmdline())]
-    for process in left: process.kill()
-    psutil.wait_procs(left, timeout=10)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if folder in " ".join(process.cmdline()): process.kill()
 
 def _start(ray: Any, threads: int, folder: str, tries: int = 3) -> None:
     "Ray on this machine; its processes wait no longer than 15 seconds for each other, so on a busy machine another try may do."
@@ -107,7 +112,12 @@ def _start(ray: Any, threads: int, folder: str, tries: int = 3) -> None:
         except (Exception, SystemExit) as e:
             ray.shutdown()
             _end(folder)
-            if not left: raise FsarError(f"Ray did not start on this machine in {tries} tries: {_reason(e)}") from e
+            if not left: raise FsarError(f"Ray did not start on this machine in {tries} tries: {_reason(e).splitlines()[0]}") from e
+
+def _join(ray: Any, threads: int, address: str) -> None:
+    "The cluster at `address`."
+    try: _connect(ray, threads, {"address": address})
+    except (Exception, SystemExit) as e: raise FsarError(f"cannot join the Ray cluster at the address {address}: {_reason(e).splitlines()[0]}") from e
 
 def _connect(ray: Any, threads: int, where: Mapping[str, Any]) -> None:
     ray.init(**where, runtime_env={"env_vars": worker_environment(threads)}, log_to_driver=False, logging_level="ERROR")
@@ -125,7 +135,7 @@ def _short_folder() -> contextlib.AbstractContextManager[str]:
     place = "/tmp" if len(tempfile.gettempdir()) > 20 and os.path.isdir("/tmp") else None
     return tempfile.TemporaryDirectory(prefix="fsar-ray-", dir=place, ignore_cleanup_errors=True)
 
-# %% ../nbs/41_cluster.ipynb #b840289b
+# %% ../nbs/41_cluster.ipynb #48d0216b
 @contextlib.contextmanager
 def ray_cluster(address: str, threads: int) -> Iterator[Any]:  # the package ray, connected
     "Inside, this process is connected to the cluster at `address`, or to one of its own that ends with the block."
@@ -134,7 +144,7 @@ def ray_cluster(address: str, threads: int) -> Iterator[Any]:  # the package ray
     if address: check_address(address)
     with _silent(ray), contextlib.nullcontext() if address else _short_folder() as folder:
         try:
-            with _variables({} if address else _settings()): _start(ray, threads, folder) if folder else _connect(ray, threads, {"address": address})
+            with _variables({} if address else _settings()): _start(ray, threads, folder) if folder else _join(ray, threads, address)
             yield ray
         finally: ray.shutdown()
 

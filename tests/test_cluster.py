@@ -278,8 +278,8 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
         from fsar.cluster import on_ray
 
         def work(n, out):
-            import torch
-            Path(out, f"{n}.txt").write_text(f"{torch.get_num_threads()} {os.getcwd()}")  # `out` is relative
+            if not n: import torch
+            Path(out, f"{n}.txt").write_text(f"{n or torch.get_num_threads()} {os.getcwd()}")  # `out` is relative
             if n: time.sleep(120)
 
         if __name__ == "__main__":
@@ -302,3 +302,16 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
     assert (place / "results" / "0.txt").read_text() == f"2 {place}"
     until(lambda: not marked(mark), 30)
     assert not list(home.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"home", "place"} and {p.name for p in (place / "results").iterdir()} == {"0.txt", "1.txt"}
+
+
+def test_a_start_that_fails_is_cleared_away_and_tried_again(tmp_path):
+    class Failing:
+        "Ray on a machine that is too busy: a process has been started when the rest gives up."
+        def __init__(self): self.children = []
+        def shutdown(self): pass
+        def init(self, _temp_dir, **others):
+            self.children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)", f"--temp-dir={_temp_dir}"]))
+            raise RuntimeError("timed out during startup\nand many lines more")
+    failing = Failing()
+    with pytest.raises(FsarError, match="^Ray did not start on this machine in 3 tries: RuntimeError: timed out during startup$"): cluster._start(failing, 1, str(tmp_path))
+    assert [child.wait(10) for child in failing.children] == [-signal.SIGKILL] * 3
