@@ -430,7 +430,7 @@ def _other(out: Path, state: Mapping[str, Any], config: Config) -> str:
             f"{', …' if len(changed) > 4 else ''}): choose another --out, or --overwrite to replace it")
 
 # %% ../nbs/41_experiments.ipynb #f04741b1
-PRODUCTS = ("report.html", "metrics.json", "run.json", "figures", "results", "checkpoints")
+PRODUCTS = ("report.html", "metrics.json", "run.json", "results.csv", "figures", "results", "checkpoints")
 
 def clear(out: Path, template: str) -> None:
     "Remove what a run leaves in `out`, and nothing else."

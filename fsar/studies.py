@@ -312,7 +312,7 @@ def noise_type() -> Any:
     import torch
     return torch.uint8
 
-# %% ../nbs/45_studies.ipynb #f9e803af
+# %% ../nbs/45_studies.ipynb #b5829149
 def opening(metrics: Mapping[str, Any]) -> None:
     "Title, notes, failed runs."
     from IPython.display import Markdown, display
@@ -348,7 +348,7 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
     from fsar import reports
     display(Markdown("What any comparison of this kind leaves open:"))
     bullets([text for text in comparison.limits(metrics) if not text.startswith(tuple(without) or "\0")])
-    display(Markdown(f"## How to make it again\n\n```\n{metrics['command']}\n```\nWhat is finished in the folder is reused; more rows or seeds run only what is missing. The runs' own hashes are in `metrics.json`."))
+    display(Markdown(f"## How to make it again\n\n```\n{metrics['command']}\n```\nWhat is finished in the folder is reused; more rows or seeds run only what is missing. The runs' own hashes are in `metrics.json`, every single result is a line of `results.csv`."))
     reports.show_table(reports.pairs_table(comparison.origin(metrics)))
     display(Markdown("### Parameters"))
     reports.show_table(reports.pairs_table(metrics["config"], ("parameter", "value")))
