@@ -154,7 +154,7 @@ def agreement(metrics: Mapping[str, Any], table: str) -> dict[str, float]:  # by
     both = pd.DataFrame(pairs, columns=["task", "ours", "theirs"])
     return {task: float(part["ours"].rank().corr(part["theirs"].rank())) for task, part in both.groupby("task", sort=False) if len(part) > 2}
 
-# %% ../nbs/45_studies.ipynb #926a0417
+# %% ../nbs/45_studies.ipynb #162c6a1a
 def points(values: Sequence[float]) -> str:
     "`+1.2, −0.3`: gains in points."
     return ", ".join(f"{100 * v:+.1f}".replace("-", "−") for v in values)
@@ -165,8 +165,9 @@ def part_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     for part, task in dict.fromkeys((g["part"], g["task"]) for g in found):
         here = [g for g in found if (g["part"], g["task"]) == (part, task)]
         up, down = (sum(g["differs"] and sign * g["difference"] > 0 for g in here) for sign in (1, -1))
-        verdict = "inside the noise everywhere" if not up + down else f"outside the noise in {up + down} of {len(here)}" + (f" ({up} up, {down} down)" if up and down else " (down)" if down else " (up)")
-        if len(here) == 1: verdict = "inside the noise" if not up + down else "outside the noise"
+        noise = "the noise" if here[0]["seeds"] > 1 else "the noise of the episodes, in one training each,"
+        verdict = f"inside {noise} everywhere" if not up + down else f"outside {noise} in {up + down} of {len(here)}" + (f" ({up} up, {down} down)" if up and down else " (down)" if down else " (up)")
+        if len(here) == 1: verdict = f"{'outside' if up + down else 'inside'} {noise}".removesuffix(",")
         printed = [g["published"] for g in here if g["published"] is not None]
         said.append(f"**{part}**, {task}: {points([g['difference'] for g in here])} points, {verdict}" + (f"; published: {points(printed)}" if printed else "") + ".")
     return said
