@@ -317,6 +317,11 @@ def difference_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
                           "over seeds": points(d["ci95_seeds"]), "reading": d["verdict"]} for d in metrics["differences"]])
 
 # %% ../nbs/42_comparison.ipynb #4db5d712
+def _each(metrics: Mapping[str, Any], name: str) -> str:
+    "A field of the configuration: one value, or those of the rows."
+    values = list(dict.fromkeys(row.get("changes", {}).get(name, metrics["config"][name]) for row in metrics["rows"].values()))
+    return ", ".join(str(v) or "from scratch" for v in values) + " (by row)" if len(values) > 1 else str(values[0])
+
 def setup_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     "Data, backbone, training and test that all rows share, and the rows."
     from fsar.reports import drawn_from, leak_note, pairs_table, recordings
@@ -325,7 +330,7 @@ def setup_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     sizes = [f"{name} {len(data['classes'][s])} classes, {drawn_from(data, s)}" for s, name in (("train", "base"), ("val", "validation"), ("test", "novel")) if s in data["classes"] and s in data["videos"]]
     chosen = {None: "those of the last step, no selection", "val": "best on validation classes"}.get(metrics["selected_on"], f"SELECTED on the {metrics['selected_on']} classes (protocol 'paper')")
     return pairs_table({"rows": "; ".join(f"{label}: {row['row']}" if label != row["row"] else label for label, row in metrics["rows"].items()), "seeds": metrics["seeds"],
-                        "data": f"{data['name']}: {'; '.join(sizes)}", "backbone": f"{c['backbone']}, {c['weights'] or 'from scratch'}", "clips": f"{c['frames']} frames of {c['size']}×{c['size']} pixels",
+                        "data": f"{data['name']}: {'; '.join(sizes)}", "backbone": f"{_each(metrics, 'backbone')}, {_each(metrics, 'weights') or 'from scratch'}", "clips": f"{_each(metrics, 'frames')} frames of {_each(metrics, 'size')} pixels, square",
                         "training": f"{c['episodes']:,} episodes, {c['ways']}-way {c['shots']}-shot, {c['queries']} queries a class; {c['optimizer']}, learning rate {c['lr']:g}, {c['schedule']}; the same for all rows",
                         "weights tested": chosen, "test": f"{r['episodes']:,} episodes for each number of shots, {r['queries']} queries a class, drawn from {drawn_from(data, r['split'])}; the same episodes for all rows and seeds{leak_note(metrics)}"} | recordings(metrics))
 
