@@ -34,7 +34,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=" + cfg["min_python"],
-    install_requires=cfg["requirements"].split() + [cfg["conditional_requirements"]],
+    install_requires=cfg["requirements"].split() + cfg["conditional_requirements"].strip().splitlines(),
     extras_require={"cluster": cfg["cluster_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),

@@ -12,7 +12,7 @@ __all__ = ['EVALUATION_SEEDS', 'STYLE', 'PAGE', 'PRODUCTS', 'apart', 'check_grou
            'evaluate_checkpoint', 'load_runs', 'compare_runs']
 
 # %% ../nbs/41_experiments.ipynb #fc5afbbb
-import contextlib, dataclasses, datetime, importlib.metadata, os, platform, re, shlex, shutil, subprocess, sys, warnings
+import contextlib, dataclasses, datetime, importlib.metadata, logging, os, platform, re, shlex, shutil, subprocess, sys, warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,8 @@ def model_for(config: Config, data: Data) -> Any:  # fsar.model.FewShotModel
     "The model that a configuration asks for, with its first weights; `FsarError` where these were trained on the classes of its test, or that cannot be drawn."
     from fsar.checkpoints import trained_on
     from fsar.model import create_model
-    check_tests(config, data)
     guard(trained_on(config.weights), config, data)
+    check_tests(config, data)
     return create_model(config.method, backbone=config.backbone, frames=config.frames, classes=len(data.store.classes("train")), weights=config.weights or None,
                         options=config.options, sampler=config.sampler, seed=config.seed)
 
@@ -538,7 +538,15 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], progress:
     try:
         with unlaunched(): papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").addFilter(_not_of_a_dead_kernel)
+        raise
     finally: _tidy_file(target)
+
+def _not_of_a_dead_kernel(record: Any  # logging.LogRecord
+                          ) -> bool:
+    "Whether a notice of asyncio's is worth reading: after Ctrl-C the kernel is dead because we killed it."
+    return not (record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == "DeadKernelError")
 
 def check_kernel(notebook: Path) -> None:
     "`FsarError` unless the kernel that a notebook names is installed."

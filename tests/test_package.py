@@ -84,8 +84,8 @@ def test_every_runtime_import_is_a_declared_requirement():
     parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
     parser.read(ROOT / "settings.ini")
     declared = {re.match(r"[\w-]+", r)[0] for r in (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["conditional_requirements"]).split() if r[0].isalpha()}
-    known = {"PIL": "pillow", "IPython": "ipykernel", "matplotlib": "seaborn", "nbformat": "papermill", "nbclient": "papermill", "jupyter_client": "ipykernel", "traitlets": "ipykernel"}
-    optional = {"tensorboard", "pyarrow", "webdataset"}  # used where they are installed: a log, and formats to compare the store with
+    known = {"PIL": "pillow", "IPython": "ipykernel", "matplotlib": "seaborn", "nbformat": "papermill", "nbclient": "papermill", "jupyter_client": "ipykernel", "traitlets": "ipykernel", "psutil": "accelerate"}
+    optional = {"tensorboard", "pyarrow", "webdataset", "ray"}  # used where they are installed: a log, formats to compare the store with and Parquet, clusters
     missing = set()
     for file in (ROOT / "fsar").rglob("*.py"):
         if file.name == "_modidx.py": continue

@@ -311,6 +311,7 @@ def test_a_group_without_a_launcher_is_noticed(tmp_path):
 
 
 def test_more_processes_than_gpus(monkeypatch):
+    leave()  # what other tests of this process have set up
     monkeypatch.setenv("WORLD_SIZE", "4"); monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(FsarError, match="4 processes were started on a machine with 2 GPUs"):

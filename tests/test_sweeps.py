@@ -239,8 +239,7 @@ def test_the_bar_counts_episodes(jobs, tmp_path, monkeypatch, capfd):
 def test_killed_and_started_again_it_repeats_nothing(done, jobs, base, tmp_path):
     file = toml(tmp_path / "s.toml", base, '[grid]\nmethod = ["protonet", "otam"]\nseed = [0, 1]\n')
     out = tmp_path / "out"
-    call = [sys.executable, "-m", "fsar.cli", "sweep", str(file), "--out", str(out)]
-    if not (Path(sweeps.__file__).parent / "__main__.py").exists(): call[1:3] = ["-c", "import sys; from fsar.cli import main; sys.exit(main())"]
+    call = [sys.executable, "-m", "fsar", "sweep", str(file), "--out", str(out)]
     first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     finished = lambda: [j for j in jobs if sweeps.finished(out, j)]
     while len(finished()) < 2 and first.poll() is None: time.sleep(0.02)
