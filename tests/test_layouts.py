@@ -281,7 +281,7 @@ def test_full_to_small_stops_and_is_labelled_when_told_to_go_on(full_weights, sm
 
 
 def test_a_backbone_that_has_seen_the_test_classes_is_refused_before_training(full_weights, small_store, tmp_path):
-    config = Config(dataset=str(small_store), short_side=32, size=32, frames=4, method="protonet", weights=str(full_weights))
+    config = Config(dataset=str(small_store), short_side=32, size=32, frames=4, method="protonet", weights=str(full_weights), test_shots=(1,), test_queries=1)
     data = experiments.prepare_data(config)
     with pytest.raises(FsarError, match="7 of the 24 test classes"): experiments.model_for(config, data)
     assert experiments.model_for(config.replace(allow_leak=True), data) is not None
