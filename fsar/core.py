@@ -200,8 +200,13 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK", "NPROC", "TORCHELASTIC_", "ACCELERATE_", "FORK_LAUNCHED", "PMI_", "OMPI_", "MV2_")
 
 def launched() -> int:
-    "Among how many processes a launcher has started this one, as the environment says; 1 without a launcher."
-    return max(int(os.environ.get(name) or 1) for name in SIZES)
+    """Among how many processes a launcher has started this one, as the environment says; 1 without a launcher.
+
+    `FsarError` for a launch that was meant for several and started one: Accelerate leaves an address for their meeting, and nobody to meet."""
+    count = max(int(os.environ.get(name) or 1) for name in SIZES)
+    if count == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise FsarError("accelerate launch was asked for several processes and started one, as it does without --multi_gpu: say --multi_gpu (not --cpu, on CPUs either), launch with torchrun, or say --num_processes 1")
+    return count
 
 @contextlib.contextmanager
 def unlaunched() -> Iterator[None]:

@@ -6,12 +6,12 @@
 __all__ = ['RECIPE', 'STUDIES', 'BY_PARTS', 'ALONG_AXES', 'SAME', 'LINES', 'Study', 'base_of', 'parts_of', 'steps', 'gains',
            'printed_numbers', 'gains_figure', 'parts_table', 'all_parts', 'agreement', 'points', 'part_sentences',
            'agreement_sentence', 'point', 'points_over_ways', 'points_over', 'curve_figure', 'curve_table',
-           'curve_sentences', 'printed_curve', 'misaligned', 'check_levels', 'points_over_levels', 'backbone_table',
-           'noise_type', 'opening', 'answer_note', 'bullets', 'beside_published', 'closing', 'study_command',
-           'measured', 'study']
+           'curve_sentences', 'printed_curve', 'misaligned', 'check_levels', 'points_over_levels', 'along_the_dial',
+           'backbone_table', 'noise_type', 'opening', 'answer_note', 'bullets', 'beside_published', 'closing',
+           'study_command', 'measured', 'compute', 'study']
 
-# %% ../nbs/45_studies.ipynb #c50a1339
-import itertools, os, shlex
+# %% ../nbs/45_studies.ipynb #211005e5
+import itertools, shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ from .config import Config
 from .core import FsarError, Registry, read_json, sha256_file, track, write_json
 from .motions import PRESETS
 from .published import published
-from .reports import ACCENT, INK, MUTED, duration, percent
-from .sweeps import Job, load_results, weights_of
+from .reports import ACCENT, INK, duration, percent
+from .sweeps import Job, run_jobs, weights_of, write_results
 
 # %% ../nbs/45_studies.ipynb #c588ca16
 RECIPE = {"size": 48, "queries": 3, "episodes": 400, "lr": 2e-3, "validate_every": 0, "protocol": "last", "test_episodes": 1000}
@@ -289,10 +289,15 @@ def _kept(file: Path, weights: str, measure: Callable[[], Any], episodes: int) -
     write_json(file, {"weights": weights, "result": result.to_dict()})
     return result
 
-# %% ../nbs/45_studies.ipynb #8d4a5481
+# %% ../nbs/45_studies.ipynb #abd84f0f
 def points_over_levels(found: Mapping[str, Mapping[float, Mapping[int, Any]]]) -> list[dict[str, Any]]:
     "Accuracy against the setting of the dial."
-    return [point(label, level, "5-way 1-shot" if (r := next(iter(seeds.values()))).ways == 5 else r.task, row_numbers(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
+    return [point(label, level, next(iter(seeds.values())).task, row_numbers(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
+
+def along_the_dial(out: Path, jobs: Sequence[Job], base: Config, levels: Sequence[float]) -> dict[str, Any]:
+    "For metrics.json: the settings, the points of the curves, and which episodes were asked at each setting."
+    found = misaligned(out, jobs, base, levels)
+    return {"levels": list(levels), "points": points_over_levels(found), "misalignment_episodes": {f"{level:g}": next(iter(r.values())).table_hash for level, r in next(iter(found.values())).items()}}
 
 # %% ../nbs/45_studies.ipynb #2af10cf4
 def backbone_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
@@ -354,7 +359,7 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
     display(Markdown("### Parameters"))
     reports.show_table(reports.pairs_table(metrics["config"], ("parameter", "value")))
 
-# %% ../nbs/45_studies.ipynb #53715967
+# %% ../nbs/45_studies.ipynb #db6d1bf9
 def study_command(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference, HOW and the study's own parameters
                   ) -> str:
     "The shell command that makes a study: what is not as the study has it, as flags."
@@ -367,7 +372,21 @@ def measured(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int],
     study = STUDIES[name]
     metrics = comparison.measured(base, rows, seeds, data, reference=reference, command=study_command(name, base, rows, seeds, reference=reference or study.reference, **extra))
     metrics |= {"study": name, "headline": f"{study.title}: {metrics['headline']}"}
-    if name.startswith("ablation"): metrics |= {"gains": gains(comparison.collect(Path(base.out), comparison.jobs_of(base, rows, seeds)), study.table), "agreement": agreement(metrics, study.table)}
+    if name in BY_PARTS: metrics |= {"gains": gains(comparison.collect(Path(base.out), comparison.jobs_of(base, rows, seeds)), study.table), "agreement": agreement(metrics, study.table)}
+    return metrics
+
+# %% ../nbs/45_studies.ipynb #28b69129
+def compute(name: str, given: Mapping[str, Any]  # the parameters of the study's template
+            ) -> dict[str, Any]:  # what metrics.json holds
+    "Bring a study's runs to their end, and write metrics.json and results.csv."
+    base, how, own = Config.from_dict({k: given[k] for k in comparison.BASE}), {k: given[k] for k in HOW}, {k: given[k] for k in STUDIES[name].own}
+    rows, out, data = comparison.parse_rows(given["runs"] or STUDIES[name].rows), Path(base.out), experiments.prepare_data(base)
+    jobs = comparison.jobs_of(base, rows, given["seeds"])
+    run_jobs(jobs, data, experiments.tables_of(base, data), out, workers=comparison.workers_of(how), reuse=how["reuse"], overwrite=given["overwrite"])
+    write_results(out, jobs)
+    metrics = measured(name, base, rows, given["seeds"], data, reference=given["reference"], **how, **own)
+    if "levels" in own: metrics |= along_the_dial(out, jobs, base, own["levels"])
+    write_json(out / "metrics.json", metrics)
     return metrics
 
 # %% ../nbs/45_studies.ipynb #b0f507d0

@@ -85,11 +85,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if native() else "fp32"
 
 # %% ../nbs/32_training.ipynb #ac94c2e3
-def _check_launch() -> None:
-    "`FsarError` for a launch that was meant for several processes and started one; Accelerate leaves an address for their meeting, and nobody to meet."
-    if launched() == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        raise FsarError("accelerate launch was asked for several processes and started one, as it does without --multi_gpu: say --multi_gpu (not --cpu, on CPUs either), launch with torchrun, or say --num_processes 1")
-
 _left: list[int] = []  # sizes of the groups that this process has left
 
 def _join(device: torch.device) -> None:
@@ -122,9 +117,8 @@ def leave() -> None:
 def processes(device: str = "auto"  # of the configuration
               ) -> Iterator[None]:
     "Inside, the processes of a launcher are one group, which they leave together. Alone, or inside another group, nothing happens."
-    _check_launch()
-    outermost = not is_initialized() and world()[1] == 1
-    if outermost and launched() > 1: _join(choose_device(device))
+    several, outermost = launched() > 1, not is_initialized() and world()[1] == 1
+    if outermost and several: _join(choose_device(device))
     try: yield
     except BaseException:
         if outermost: AcceleratorState._reset_state(reset_partial_state=True)  # without waiting: the others may be anywhere

@@ -310,6 +310,15 @@ def test_a_group_without_a_launcher_is_noticed(tmp_path):
     finally: [process.terminate() for process in both]
 
 
+@pytest.mark.parametrize("words", [["train"], ["sizes"]])
+def test_the_command_line_notices_a_launch_of_one_process_for_several(words, monkeypatch, tmp_path, capsys):
+    "As `accelerate launch --cpu --num_processes 2 -m fsar train` leaves the environment."
+    from fsar import cli
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}.items(): monkeypatch.setenv(name, value)
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2 and "asked for several processes and started one" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_more_processes_than_gpus(monkeypatch):
     leave()  # what other tests of this process have set up
     monkeypatch.setenv("WORLD_SIZE", "4"); monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
