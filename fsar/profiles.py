@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENGINE', 'GROUPS', 'SEGMENTS', 'training_step', 'backbone_named', 'owners', 'attributed', 'group_of', 'profiled',
            'profile_step', 'top_operators', 'segment', 'shares', 'profile_figure', 'Finding', 'findings_table',
-           'redrawn', 'decoder_calls', 'leading', 'decoder_finding', 'tuples_made', 'slots_of', 'trx_calls',
-           'trx_finding', 'page_faults', 'seconds_a_fault', 'keep_memory', 'faults_in_turns', 'memory_finding',
-           'findings']
+           'channel_by_channel', 'decoder_calls', 'sped_up', 'share_of', 'convolution_calls', 'decoder_finding',
+           'tuples_made', 'slots_of', 'trx_calls', 'trx_finding', 'page_faults', 'seconds_a_fault', 'keep_memory',
+           'faults_in_turns', 'memory_finding', 'findings']
 
 # %% ../nbs/48_profiles.ipynb #1cb4f115
 import ctypes, math, multiprocessing, platform, re
@@ -188,41 +188,56 @@ def findings_table(found: Iterable[Finding]) -> pd.DataFrame:
     "Findings, one a row."
     return pd.DataFrame([{"found": f.what, "predicted": f.predicted, "change": f.change, "measured: old / new (lowest … highest round)": str(f.measured)} for f in found])
 
-# %% ../nbs/48_profiles.ipynb #b08e5747
-def redrawn(decoder: MotionDecoder, differences: Tensor,  # (B, C', h, w)
-            size: tuple[int, int], layout: torch.memory_format) -> Tensor:  # (B, 3, H, W)
-    "What the decoder makes of differences that lie in memory in a given order, in which it stays."
-    x, (h, w) = differences.contiguous(memory_format=layout), differences.shape[-2:]
-    for stage, part in zip(decoder.stages, (16, 4, 1)):
-        x = stage.conv(F.interpolate(x, (max(h, size[0] // part), max(w, size[1] // part)) if part > 1 else size, mode="bilinear", align_corners=False))
-    return decoder.out(x)
+# %% ../nbs/48_profiles.ipynb #1ca8660d
+def channel_by_channel(decoder: MotionDecoder, differences: Tensor,  # (V, T−1, C', h, w)
+                       size: tuple[int, int]) -> Tensor:  # (V, T−1, 3, H, W)
+    "What MoLo's decoder makes of differences that lie in memory channel by channel."
+    x, (h, w) = rearrange(differences, "v t c h w -> (v t) c h w").contiguous(), differences.shape[-2:]
+    for stage, part in zip(decoder.stages, (16, 4, 1)): x = stage(x, (max(h, size[0] // part), max(w, size[1] // part)) if part > 1 else size)
+    return decoder.out(x).unflatten(0, (len(differences), -1))
 
 def decoder_calls(channels: int, videos: int, frames: int, size: int, device: torch.device | str = "cpu") -> dict[str, Callable[[], None]]:
-    "Forward and backward of the decoder in both orders."
+    "Forward and backward of the decoder in both orders, as in a training step with as many videos."
     with torch_seed(0): decoder = MotionDecoder(channels // 8).to(device).train()
-    x = noise((videos * (frames - 1), channels // 8, max(1, size // 32), max(1, size // 32)), torch.float32).to(device)
-    target = noise((len(x), 3, size, size), torch.float32).to(device)
-    def run(layout: torch.memory_format) -> None:
-        F.mse_loss(redrawn(decoder, x.detach().requires_grad_(), (size, size), layout), target).backward()
+    x = noise((videos, frames - 1, channels // 8, -(-size // 32), -(-size // 32)), torch.float32).to(device)
+    target = noise((videos, frames - 1, 3, size, size), torch.float32).to(device)
+    def run(redraw: Callable[..., Tensor]) -> None:
+        F.mse_loss(redraw(decoder, x.detach().requires_grad_(), (size, size)), target).backward()
         decoder.zero_grad()
-    return {"V C H W": lambda: run(torch.contiguous_format), "channels last": lambda: run(torch.channels_last)}
+    return {"channel by channel": lambda: run(channel_by_channel), "as it is": lambda: run(MotionDecoder.forward)}
 
-# %% ../nbs/48_profiles.ipynb #c2cfa413
-def leading(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[str, float]:
-    "The operator, with its shapes, that takes most of a call by itself, and its share."
+# %% ../nbs/48_profiles.ipynb #d717b1f5
+def sped_up(share: float,  # s, of the whole
+            ratio: float  # r, of the part
+            ) -> float:
+    "How many times as fast the whole becomes when a part of it becomes `ratio` times as fast (Amdahl)."
+    return 1 / (1 - share + share / ratio)
+
+def share_of(group: str, call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    "The share of a group of operators in a call."
     call()
-    with profiling(device, record_shapes=True) as profiler: call()
+    with profiling(device) as profiler: call()
     own = "self_device_time_total" if torch.device(device).type == "cuda" else "self_cpu_time_total"
-    rows = profiler.key_averages(group_by_input_shape=True)
-    first, total = max(rows, key=lambda e: getattr(e, own)), sum(getattr(e, own) for e in rows)
-    return f"{first.key.removeprefix('aten::')} {_shapes(first)}", getattr(first, own) / total
+    times = [(group_of(e.key), getattr(e, own)) for e in profiler.key_averages()]
+    return sum(t for name, t in times if name == group) / sum(t for _, t in times)
 
-def decoder_finding(channels: int = 512, videos: int = 10, frames: int = 8, size: int = 112, *, rounds: int = 3, device: torch.device | str = "cpu") -> Finding:
+# %% ../nbs/48_profiles.ipynb #3e4aa9d0
+def convolution_calls(images: int, size: int, device: torch.device | str = "cpu") -> dict[str, Callable[[], None]]:
+    "Forward and backward of the decoder's last 3×3 convolution alone in both orders."
+    with torch_seed(0): layer = nn.Conv2d(32, 16, 3, padding=1, bias=False).to(device)
+    orders = {"channel by channel": torch.contiguous_format, "pixel by pixel": torch.channels_last}
+    inputs = {name: torch.ones(images, 32, size, size, device=device).contiguous(memory_format=o).requires_grad_() for name, o in orders.items()}
+    def run(x: Tensor) -> None:
+        layer(x).square().sum().backward()
+        layer.zero_grad(); x.grad = None
+    return {name: lambda x=x: run(x) for name, x in inputs.items()}
+
+def decoder_finding(channels: int = 512, videos: int = 20, frames: int = 8, size: int = 112, *, rounds: int = 3, device: torch.device | str = "cpu") -> Finding:
     "MoLo's decoder in both orders of memory."
-    calls = decoder_calls(channels, videos, frames, size, device)
-    operator, share = leading(calls["V C H W"], device)
-    return Finding(f"MoLo's decoder in the order V C H W spends {100 * share:.0f} % of its forward and backward pass in {operator}", f"at most {1 / (1 - share):.2g} ×, if that one cost nothing",
-                   "the decoder's input channels last, an order in which its convolutions stay", ratio(in_turns(calls, rounds=rounds, device=device), *calls), *calls)
+    calls, part = decoder_calls(channels, videos, frames, size, device), convolution_calls(videos * (frames - 1), size, device)
+    share, alone = share_of("convolution", calls["channel by channel"], device), ratio(in_turns(part, rounds=rounds, device=device), *part)
+    return Finding(f"{100 * share:.0f} % of a pass of MoLo's decoder ({videos * (frames - 1)} images of {size}×{size}) are convolutions; the largest alone takes {alone} as long channel by channel as pixel by pixel",
+                   f"{sped_up(share, alone.median):.2g} ×", "the decoder's input pixel by pixel (channels_last), an order in which its layers stay", ratio(in_turns(calls, rounds=rounds, device=device), *calls), *calls)
 
 # %% ../nbs/48_profiles.ipynb #fe356272
 def tuples_made(head: TupleAttention, query: tuple[Tensor, Tensor],  # slots of keys and of values, (Q, ω, T, d)
@@ -241,7 +256,7 @@ def slots_of(head: TupleAttention, frames: Tensor) -> tuple[Tensor, Tensor]:  # 
     "What each frame adds to the keys and to the values of a tuple."
     return project_slots(frames, head.key.weight), project_slots(frames, head.value.weight)
 
-# %% ../nbs/48_profiles.ipynb #1c6d1088
+# %% ../nbs/48_profiles.ipynb #be94af1a
 def trx_calls(task: Task, channels: int = 512, device: torch.device | str = "cpu") -> dict[str, Callable[[], Tensor]]:
     "Scoring an episode with tuples made, and as the method does it; what is computed once for each video is computed before."
     model: TRX = create_model("trx", backbone="resnet_micro", frames=task.frames).to(device).eval()
@@ -249,9 +264,10 @@ def trx_calls(task: Task, channels: int = 512, device: torch.device | str = "cpu
     labels = torch.arange(task.ways, device=device).repeat_interleave(task.shots)
     placed = [model.positions(noise((n, task.frames, channels), torch.float32).to(device)) for n in (task.supports, task.asked)]
     support, query = ({name: x for head in model.heads for name, x in head.project(frames).items()} for frames in placed)
-    slots, real = class_slots(labels, task.ways)
-    made = [(head, slots_of(head, placed[1]), tuple(by_class(x, slots) for x in slots_of(head, placed[0]))) for head in model.heads]
-    old = lambda: -model.scale * sum(tuples_made(head, asked, shown, real) for head, asked, shown in made) / len(made)
+    kept = [(head, *(slots_of(head, frames) for frames in placed)) for head in model.heads]
+    def old() -> Tensor:
+        slots, real = class_slots(labels, task.ways)
+        return -model.scale * sum(tuples_made(head, asked, tuple(by_class(x, slots) for x in shown), real) for head, shown, asked in kept) / len(kept)
     return {name: torch.no_grad()(call) for name, call in {"tuples made": old, "as it is": lambda: model.score(support, labels, query, task.ways)}.items()}
 
 # %% ../nbs/48_profiles.ipynb #138cb0fb
@@ -276,7 +292,7 @@ def seconds_a_fault(megabytes: int = 64) -> float:
     first, faults = seconds(lambda: fresh.fill_(1.0)), page_faults() - before
     return max(0.0, first - min(seconds(lambda: fresh.fill_(1.0)) for _ in range(3))) / max(1, faults)
 
-# %% ../nbs/48_profiles.ipynb #4c263c34
+# %% ../nbs/48_profiles.ipynb #7636a742
 def keep_memory() -> None:
     "Ask the C library to keep what is freed: large blocks come from the heap (M_MMAP_MAX 0), and the heap's end is not given back (M_TRIM_THRESHOLD)."
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc": raise FsarError("keeping freed memory is asked of glibc, under Linux; this is another system")
@@ -284,47 +300,50 @@ def keep_memory() -> None:
     if not (libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1)): raise FsarError("glibc refused to keep freed memory (mallopt)")
 
 def _answer(call: Callable[[], Any], keep: bool, pipe: Any) -> None:
-    "In a forked process: at every request, the seconds and page faults of a call."
+    "In a forked process: at every request, the seconds and page faults of a call, and what one costs at that time."
     torch.set_num_threads(1)  # the threads of its parent are not there
     if keep: keep_memory()
     call()
     while pipe.recv():
         before = page_faults()
-        pipe.send((seconds(call), page_faults() - before))
+        pipe.send((seconds(call), page_faults() - before, seconds_a_fault()))
 
-# %% ../nbs/48_profiles.ipynb #84317c67
-def faults_in_turns(call: Callable[[], Any], rounds: int = 5) -> tuple[pd.DataFrame, dict[str, float]]:  # (rounds, 2) seconds, and mean faults of a call
+# %% ../nbs/48_profiles.ipynb #9684382c
+def faults_in_turns(call: Callable[[], Any], rounds: int = 5) -> dict[str, pd.DataFrame]:  # (rounds, 2) seconds, faults and seconds of a fault
     "A call in a process as it is and in one that keeps its memory, in turns."
-    forked = multiprocessing.get_context("fork")
-    pipes, workers = {}, []
+    forked, pipes, workers, rows = multiprocessing.get_context("fork"), {}, [], []
     for name, keep in (("given back", False), ("kept", True)):
         pipes[name], theirs = forked.Pipe()
         workers.append(forked.Process(target=_answer, args=(call, keep, theirs), daemon=True))
         workers[-1].start()
-    def ask(name: str) -> tuple[float, int]:
-        pipes[name].send(True)
-        if not pipes[name].poll(600): raise FsarError("a process that measures page faults does not answer")
-        return pipes[name].recv()
-    try: found = pd.DataFrame([{name: ask(name) for name in (list(pipes) if k % 2 else list(pipes)[::-1])} for k in range(rounds)])
+        theirs.close()  # so that a process that ends is noticed
+    try:
+        for k in range(rounds): rows.append({name: _asked(pipes[name]) for name in (list(pipes) if k % 2 else list(pipes)[::-1])})
     finally:
         for worker in workers: worker.terminate(); worker.join()
-    return found[list(pipes)].map(lambda pair: pair[0]), {name: float(found[name].map(lambda pair: pair[1]).mean()) for name in pipes}
+    return {what: pd.DataFrame([{name: row[name][i] for name in pipes} for row in rows]) for i, what in enumerate(("seconds", "faults", "seconds of a fault"))}
 
-# %% ../nbs/48_profiles.ipynb #91e65984
+def _asked(pipe: Any) -> tuple[float, int, float]:
+    "The answer of a process; `FsarError` when it has ended."
+    pipe.send(True)
+    try: return pipe.recv()
+    except EOFError: raise FsarError("the process that measures page faults has ended: its message is above") from None
+
+# %% ../nbs/48_profiles.ipynb #f6f26d8a
 def memory_finding(task: Task = Task(frames=8, ways=5, queries=5), size: int = 64, backbone: str = "resnet18", method: str = "molo", *, rounds: int = 5) -> Finding:
     "A training step whose memory is given back between steps, and kept. On the CPU."
     model = create_model(method, backbone=backbone, frames=task.frames, classes=64)
-    times, faults = faults_in_turns(training_step(model, noise_batch(model, task, size)), rounds)
-    cost, lost = seconds_a_fault(), faults["given back"] - faults["kept"]
-    whole = times["given back"].median()
-    return Finding(f"a training step of {method} meets {faults['given back']:,.0f} page faults, {faults['kept']:,.0f} where memory is kept; one costs {1e6 * cost:.2g} microseconds",
-                   f"{whole / max(whole - lost * cost, cost):.2g} ×, by faults times their cost", "the C library keeps freed memory: MALLOC_MMAP_MAX_=0 and a MALLOC_TRIM_THRESHOLD_ of 2 GiB in the environment, or mallopt",
-                   ratio(times, "given back", "kept"), "given back", "kept")
+    found = faults_in_turns(training_step(model, noise_batch(model, task, size)), rounds)
+    (back, kept), cost = found["faults"].mean(), found["seconds of a fault"]["given back"].median()
+    whole, spared = found["seconds"]["given back"].median(), (back - kept) * cost
+    return Finding(f"a training step of {method} meets {back:,.0f} page faults, {kept:,.0f} where memory is kept; one costs {1e6 * cost:.2g} microseconds",
+                   f"{whole / max(whole - spared, 0.1 * whole):.2g} ×, by faults times their cost", "the C library keeps freed memory: mallopt, or MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment",
+                   ratio(found["seconds"], "given back", "kept"), "given back", "kept")
 
-# %% ../nbs/48_profiles.ipynb #5951f14d
+# %% ../nbs/48_profiles.ipynb #414bba4b
 def findings(quick: bool = True, device: torch.device | str = "cpu") -> list[Finding]:
     "Measure every finding now."
     cpu = torch.device(device).type == "cpu"
-    if quick: return [decoder_finding(128, 4, 4, 32, device=device), trx_finding(Task(ways=3, queries=2), 128, device=device),
+    if quick: return [decoder_finding(512, 2, 3, 112, device=device), trx_finding(Task(ways=3, queries=2), 128, device=device),
                       *([memory_finding(Task(frames=4, ways=3, queries=2), 48, "resnet_micro", rounds=3)] if cpu else [])]
     return [decoder_finding(device=device), trx_finding(device=device), trx_finding(Task(frames=16, ways=5, queries=1), device=device), *([memory_finding()] if cpu else [])]
