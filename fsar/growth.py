@@ -10,7 +10,7 @@ __all__ = ['DIMENSIONS', 'Terms', 'FRAMES', 'ALL_PAIRS', 'WIDTH', 'PAIR_TUPLES',
            'NoiseClips', 'embedding_videos', 'noise_table', 'answering_episodes', 'counts_in_shapes', 'Plan',
            'affordable', 'along', 'growth', 'exponents', 'exponent_table', 'apart', 'growth_figure']
 
-# %% ../nbs/48_growth.ipynb #2b0f943c
+# %% ../nbs/48_growth.ipynb #bddfe557
 import copy, functools, itertools, math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import FsarError, nearest, torch_seed, track
 from .episodes import EpisodeBatch, EpisodeTable
 from .evaluation import embed_videos, predict_episodes
-from .model import METHODS, Embedding, FewShotModel, create_model, load_methods, widened
+from .model import Embedding, FewShotModel, create_model, load_methods, widened
 from .sizes import FAKE, episode, noise
 from .timing import in_turns, peak_memory
 
@@ -112,10 +112,10 @@ LEARN: dict[str, Terms] = {  # beside the score's
     "strm": {"Q·S·P₂²·z": lambda t: 1024 * t.asked * t.supports * t.tuples(2) ** 2},
     "vim": {"S·T³": lambda t: t.supports * t.frames ** 3, "Q·T³": lambda t: t.asked * t.frames ** 3}}
 
-# %% ../nbs/48_growth.ipynb #594eee9a
+# %% ../nbs/48_growth.ipynb #e8cdb1d9
 ONE: Terms = {"T": lambda t: t.frames}
 MIXED: Terms = {"T²": lambda t: t.frames ** 2}
-EMBED: dict[str, Terms] = {"hyrsm": MIXED, "molo": MIXED, "ta2n": MIXED, "strm": MIXED | {"P₂": lambda t: t.tuples(2)}, "trx": {f"P{'₂₃'[n - 2]}": lambda t, n=n: t.tuples(n) for n in (2, 3)}}
+EMBED: dict[str, Terms] = {"hyrsm": MIXED, "molo": MIXED, "ta2n": MIXED, "strm": MIXED, "trx": {"P₂": lambda t: t.tuples(2), "P₃": lambda t: t.tuples(3)}}
 
 def own_terms(method: str, work: str) -> Terms | None:
     "The terms of a method's formula; None for a method that has declared none."
@@ -127,10 +127,10 @@ def own_size(terms: Terms, task: Task) -> dict[str, int]:
     "How large each term is, for all videos and episodes of the task."
     return {name: term(task) * task.videos * task.episodes for name, term in terms.items()}
 
-# %% ../nbs/48_growth.ipynb #0c01f431
+# %% ../nbs/48_growth.ipynb #ab1001e4
 def formula(method: str, work: str, task: Task) -> float:
-    "The terms of a method added up, and for a step three times that, since the gradient of a product is two products: where terms have their constants, the multiply-adds of the formula as it is written. nan where none are declared."
-    terms = own_terms(method, work)
+    "The terms of a method added up; where they have their constants, the multiply-adds of the formula as it is written. nan where none are declared."
+    terms = own_terms(method, work)  # and in training three times that: the gradient of a product is two products
     return math.nan if terms is None else (3.0 if work == "learn" else 1.0) * sum(own_size(terms, task).values())
 
 # %% ../nbs/48_growth.ipynb #71cc2d08
@@ -266,7 +266,7 @@ def counts_in_shapes(work: str, one: Subject, task: Task) -> Counts:
         try: return counts(WORK[work](shapes, task, fake=True))
         except (NotImplementedError, RuntimeError): return counts(WORK[work](on_cpu, task))
 
-# %% ../nbs/48_growth.ipynb #422b55e3
+# %% ../nbs/48_growth.ipynb #3fb1ded8
 @dataclass(frozen=True)
 class Plan:
     "What to measure: the values of every dimension and what stays fixed meanwhile."
@@ -281,7 +281,8 @@ class Plan:
 
     def task(self, dimension: str, value: int) -> Task: return replace(self.fixed.get(dimension, Task()), **{dimension: value})
 
-FULL = Plan({"frames": (4, 6, 8, 12, 16, 24, 32), "ways": (2, 4, 6, 8, 12, 16), "shots": (1, 2, 4, 8, 16), "queries": (1, 2, 4, 8, 16), "videos": (4, 8, 16, 32), "episodes": (4, 8, 16, 32)})
+FULL = Plan({"frames": (4, 6, 8, 12, 16, 24, 32), "ways": (2, 4, 6, 8, 12, 16), "shots": (1, 2, 4, 8, 16), "queries": (1, 2, 4, 8, 16), "videos": (4, 8, 16, 32),
+             "episodes": (4, 8, 16, 32)})
 QUICK = Plan({"frames": (4, 6, 8, 12), "ways": (2, 3, 4, 6), "shots": (1, 2, 4), "queries": (1, 2, 4), "videos": (4, 8, 16), "episodes": (4, 8, 16)},
              backbone="resnet_micro", rounds=3, least=0.002)
 
@@ -294,7 +295,7 @@ def affordable(plan: Plan, terms: Terms | None, before: tuple[Task, Counts] | No
     times = max(sizes[1][name] / sizes[0][name] for name in terms)
     return found.multiply_adds * times <= plan.most and found.elements * times <= plan.most_written
 
-# %% ../nbs/48_growth.ipynb #4c2fe13b
+# %% ../nbs/48_growth.ipynb #d5c897b5
 def along(method: str, work: str, dimension: str, plan: Plan, make: Callable[[int], Subject],  # frames → the method built for them
           device: torch.device | str = "cpu") -> list[dict[str, Any]]:
     "The rows of one method, one piece of work and one dimension."
@@ -306,7 +307,8 @@ def along(method: str, work: str, dimension: str, plan: Plan, make: Callable[[in
             one.model.to(device)
             calls[value] = WORK[work](one, task, device)
         found = counts(calls[value]) if run else counts_in_shapes(work, one, task)
-        rows.append({"method": method, "work": work, "dimension": dimension, "value": value, **vars(found), "formula": formula(method, work, task), "bytes": peak_memory(calls[value], device) if run else math.nan} | ({} if run else {"calls": math.nan}))
+        measured = {"bytes": peak_memory(calls[value], device)} if run else {"calls": math.nan, "bytes": math.nan}
+        rows.append({"method": method, "work": work, "dimension": dimension, "value": value, **vars(found), "formula": formula(method, work, task), **measured})
         before = task, found
     times = in_turns(calls, rounds=plan.rounds, least=plan.least, device=device).min() if plan.rounds else {}  # of all rounds: what disturbs can only add
     return [row | {"seconds": times.get(row["value"], math.nan)} for row in rows]
@@ -326,18 +328,19 @@ def growth(methods: Iterable[str] | None = None,  # None: all that are registere
             for work, dimension in ((w, d) for w in works for d in GROWS[w]): rows += along(method, work, dimension, plan, make, device)
     return pd.DataFrame(rows)
 
-# %% ../nbs/48_growth.ipynb #cccb5a8b
+# %% ../nbs/48_growth.ipynb #3550f13e
 TOLERANCE = {"multiply_adds": 0.05, "elements": 0.05, "bytes": 0.1, "seconds": 0.5}
 
 def exponents(table: pd.DataFrame  # of growth
               ) -> pd.DataFrame:
-    "For each method, work, dimension and measure: the exponent, the order of the formula, its slope over the same values, whether all counts are below the formula's, and the judgement."
+    "For each method, work, dimension and measure: exponent, order of the formula and its slope over the same values (own), whether counts are below the formula's, judgement."
     rows = []
     for (method, work, dimension), part in table.groupby(["method", "work", "dimension"], sort=False):
         for measure in TOLERANCE:
             known = part[part[measure].notna()]
-            rows.append({"method": method, "work": work, "dimension": dimension, "measure": measure, "exponent": exponent(known["value"], known[measure]),
-                         **_bound(method, work, dimension, known["value"]), "below": measure == "multiply_adds" and len(part) > 0 and bool((part["multiply_adds"] <= part["formula"]).all())})
+            found = {"exponent": exponent(known["value"], known[measure]), **_bound(method, work, dimension, known["value"])}
+            below = measure == "multiply_adds" and bool((part["multiply_adds"] <= part["formula"]).all())
+            rows.append({"method": method, "work": work, "dimension": dimension, "measure": measure, **found, "below": below})
     found = pd.DataFrame(rows)
     return found.assign(judged=[below or _keeps(*row) for below, *row in zip(found["below"], found["exponent"], found["own"], found["measure"])])
 
@@ -380,7 +383,7 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
     spread = {k: centre + gap * (i - (len(members) - 1) / 2) for members, centre in groups for i, k in enumerate(members)}
     return [spread[k] for k in range(len(places))]
 
-# %% ../nbs/48_growth.ipynb #98e43a45
+# %% ../nbs/48_growth.ipynb #11ef002d
 def growth_figure(table: pd.DataFrame, measure: str = "seconds", panels: Sequence[tuple[str, str]] = PANELS) -> Any:  # matplotlib Figure
     "Small multiples on logarithmic axes: one panel a dimension, one line a method."
     import matplotlib.pyplot as plt
@@ -413,7 +416,8 @@ def _label_ends(ax: Any, lines: Mapping[str, pd.DataFrame], measure: str, colour
     heights = apart([(math.log(y) - low) / (high - low) for _, y in ends.values()], 0.072)
     for (method, (x, y)), height in zip(ends.items(), heights):
         fitted = exponent(lines[method]["value"], lines[method][measure])
-        ax.annotate(method if math.isnan(fitted) else f"{method} {round(fitted, 1) + 0.0}", (x, y), (1.03, height), textcoords="axes fraction", color=darker(colours[method]), fontsize=8, va="center",
+        text = method if math.isnan(fitted) else f"{method} {round(fitted, 1) + 0.0}"
+        ax.annotate(text, (x, y), (1.03, height), textcoords="axes fraction", color=darker(colours[method]), fontsize=8, va="center",
                     arrowprops=dict(arrowstyle="-", color=colours[method], linewidth=0.5, alpha=0.6), annotation_clip=False)
 
 # %% ../nbs/48_growth.ipynb #c97ca99d
