@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ClassPool', 'class_pool', 'separable', 'draw', 'Episode', 'EpisodeSampler', 'EpisodeTable', 'episode_table',
-           'write_table', 'read_table', 'EpisodeBatch', 'EpisodeClips', 'VideoClips', 'episode_loader', 'draw_episode']
+           'write_table', 'read_table', 'EpisodeBatch', 'EpisodeClips', 'VideoClips', 'episode_loader', 'begin_worker',
+           'draw_episode']
 
 # %% ../nbs/06_episodes.ipynb #4c7920a2
 import functools, json, sys
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import TestTransform, TrainTransform
-from .core import FsarError, atomic_path, generator, nearest, sha256_arrays, sha256_json
+from .core import FsarError, atomic_path, generator, keep_freed_memory, nearest, sha256_arrays, sha256_json
 from .motions import film_strip
 from .store import Store
 from .video import segment_indices
@@ -338,7 +339,11 @@ def episode_loader(dataset: Dataset, start: int = 0,
                    ) -> DataLoader:
     "Items start … stop−1 of `dataset`, in order, the same for any number of `workers`."
     if stop is None: stop = len(dataset) if hasattr(dataset, "__len__") else sys.maxsize
-    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin, generator=torch.Generator(), worker_init_fn=begin_worker)
+
+def begin_worker(number: int) -> None:
+    "What a worker of a loader does first."
+    keep_freed_memory()
 
 # %% ../nbs/06_episodes.ipynb #cba08b1a
 def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the classes of the split

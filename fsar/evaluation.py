@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from .backbones import channels_last
 from .core import FsarError, keep_freed_memory, track
-from .episodes import EpisodeTable, VideoClips
+from .episodes import EpisodeTable, VideoClips, begin_worker
 from .model import Embedding, FewShotModel, widened
 
 # %% ../nbs/31_evaluation.ipynb #a5ce8c7e
@@ -88,7 +88,7 @@ def embed_videos(model: FewShotModel, clips: VideoClips, *, batch_size: int = 16
     keep_freed_memory()
     batches = [range(start, min(start + batch_size, len(clips))) for start in range(0, len(clips), batch_size)]
     def embed(mine: slice) -> Embedding:
-        loader = DataLoader(clips, batch_sampler=batches[mine], num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+        loader = DataLoader(clips, batch_sampler=batches[mine], num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(), worker_init_fn=begin_worker)
         parts = []
         with testing(channels_last(model.to(device))), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             for positions, batch in zip(batches[mine], track(loader, "embedding videos", unit="batch", disable=_hidden(progress))):
