@@ -279,6 +279,10 @@ class EpisodeBatch:
         "The same episode on `device`."
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "index"})
 
+    def pin_memory(self) -> "EpisodeBatch":
+        "The same episode in pinned memory, from which a GPU copies while it computes; needs a GPU."
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "index"})
+
     @property
     def clips(self) -> Tensor:
         "(S + Q, T, 3, H, W) support, then query: what passes the backbone in one call."
@@ -330,10 +334,11 @@ class VideoClips(Dataset):
 # %% ../nbs/06_episodes.ipynb #4a01addd
 def episode_loader(dataset: Dataset, start: int = 0,
                    stop: int | None = None,  # None: all of a dataset that has a length, endlessly for episodes
-                   workers: int = 0) -> DataLoader:
+                   workers: int = 0, pin: bool = False  # in pinned memory, for a GPU
+                   ) -> DataLoader:
     "Items start … stop−1 of `dataset`, in order, the same for any number of `workers`."
     if stop is None: stop = len(dataset) if hasattr(dataset, "__len__") else sys.maxsize
-    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin, generator=torch.Generator())
 
 # %% ../nbs/06_episodes.ipynb #cba08b1a
 def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the classes of the split

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PLACES
+from .config import NEUTRAL
 from .core import FsarError, atomic_path, read_json, resource, write_json, writing
 from .reports import duration
 
 # %% ../nbs/46_rerun.ipynb #a662013f
 TIMES = {"wall_time_s", "seconds", "training_seconds", "test_seconds", "finished", "ended", "measured"}  # measured: by a clock or a memory counter, in a benchmark
 CIRCUMSTANCES = {"command", "git", "versions", "device", "peak_memory", "configuration", "config_hash", "taken_from"}
-IGNORED = TIMES | CIRCUMSTANCES | PLACES
+IGNORED = TIMES | CIRCUMSTANCES | NEUTRAL
 ASKED = {"config", "seeds", "settings", "recipe", "levels", "episodes", "methods", "reference"}  # settings in the metrics.json of all kinds of report
 
 @dataclass(frozen=True)
