@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ClassPool', 'class_pool', 'separable', 'draw', 'Episode', 'EpisodeSampler', 'EpisodeTable', 'episode_table',
-           'write_table', 'read_table', 'EpisodeBatch', 'EpisodeClips', 'VideoClips', 'episode_loader', 'draw_episode']
+           'write_table', 'read_table', 'EpisodeBatch', 'EpisodeClips', 'VideoClips', 'episode_loader', 'begin_worker',
+           'draw_episode']
 
 # %% ../nbs/06_episodes.ipynb #4c7920a2
 import functools, json, sys
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import TestTransform, TrainTransform
-from .core import FsarError, atomic_path, generator, nearest, sha256_arrays, sha256_json
+from .core import FsarError, atomic_path, generator, keep_freed_memory, nearest, sha256_arrays, sha256_json
 from .motions import film_strip
 from .store import Store
 from .video import segment_indices
@@ -279,6 +280,10 @@ class EpisodeBatch:
         "The same episode on `device`."
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "index"})
 
+    def pin_memory(self) -> "EpisodeBatch":
+        "The same episode in pinned memory, from which a GPU copies while it computes; needs a GPU."
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "index"})
+
     @property
     def clips(self) -> Tensor:
         "(S + Q, T, 3, H, W) support, then query: what passes the backbone in one call."
@@ -330,10 +335,15 @@ class VideoClips(Dataset):
 # %% ../nbs/06_episodes.ipynb #4a01addd
 def episode_loader(dataset: Dataset, start: int = 0,
                    stop: int | None = None,  # None: all of a dataset that has a length, endlessly for episodes
-                   workers: int = 0) -> DataLoader:
+                   workers: int = 0, pin: bool = False  # in pinned memory, for a GPU
+                   ) -> DataLoader:
     "Items start … stop−1 of `dataset`, in order, the same for any number of `workers`."
     if stop is None: stop = len(dataset) if hasattr(dataset, "__len__") else sys.maxsize
-    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin, generator=torch.Generator(), worker_init_fn=begin_worker)
+
+def begin_worker(number: int) -> None:
+    "What a worker of a loader does first."
+    keep_freed_memory()
 
 # %% ../nbs/06_episodes.ipynb #cba08b1a
 def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the classes of the split

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .core import FsarError, track
-from .episodes import EpisodeTable, VideoClips
+from .backbones import channels_last
+from .core import FsarError, keep_freed_memory, track
+from .episodes import EpisodeTable, VideoClips, begin_worker
 from .model import Embedding, FewShotModel, widened
 
 # %% ../nbs/31_evaluation.ipynb #a5ce8c7e
@@ -84,11 +85,12 @@ def embed_videos(model: FewShotModel, clips: VideoClips, *, batch_size: int = 16
                  precision: Literal["fp32", "bf16"] = "fp32", progress: bool = True) -> Embedding:
     "Every video of `clips` through `embed`, each exactly once, shared among the processes of a group; tensors `(V, …)` on `device`, in the order of `clips.rows`."
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    keep_freed_memory()
     batches = [range(start, min(start + batch_size, len(clips))) for start in range(0, len(clips), batch_size)]
     def embed(mine: slice) -> Embedding:
-        loader = DataLoader(clips, batch_sampler=batches[mine], num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator())
+        loader = DataLoader(clips, batch_sampler=batches[mine], num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(), worker_init_fn=begin_worker)
         parts = []
-        with testing(model.to(device)), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with testing(channels_last(model.to(device))), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             for positions, batch in zip(batches[mine], track(loader, "embedding videos", unit="batch", disable=_hidden(progress))):
                 parts.append(widened(model.embed(batch.to(device, non_blocking=True))))
                 _check_finite(parts[-1], clips.rows[positions.start:])
@@ -135,6 +137,7 @@ def predict_episodes(model: FewShotModel, embedding: Embedding, table: EpisodeTa
                      precision: Literal["fp32", "bf16"] = "fp32",  # of what a task-adaptive method computes per episode
                      progress: bool = False) -> np.ndarray:  # (E, Q) ways
     "The way that `model` gives each query of each episode, shared among the processes of a group; the model must be where the embedding is."
+    keep_freed_memory()
     support, query = (_positions(rows, row_to_position) for rows in (table.support, table.query))
     labels = torch.from_numpy(table.support_labels).long()  # (E, S)
     step = batch_size or _episodes_at_once(embedding, support.shape[1] + query.shape[1])

@@ -20,7 +20,7 @@ from typing import Any
 
 import fsar
 from .config import Config, differing
-from .core import FsarError, cache_dir, launched, nearest, read_json, resource, sha256_file, unlaunched, write_json, writing
+from .core import FsarError, cache_dir, launched, nearest, peak_resident, read_json, resource, sha256_file, unlaunched, write_json, writing
 from .datasets import Data, dataset_kind, noted, prepare_data, prepare_rendered
 
 # %% ../nbs/41_experiments.ipynb #d0b3f58e
@@ -240,10 +240,7 @@ def _processor() -> str:
 def peak_memory() -> dict[str, int]:
     "Largest memory of this process so far, MiB, and of the GPU where there is one."
     import torch
-    peak = {}
-    with contextlib.suppress(ImportError):  # the module exists on POSIX systems only
-        from resource import RUSAGE_SELF, getrusage
-        peak["process_MiB"] = getrusage(RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    peak = {"process_MiB": peak_resident() // 2**20} if peak_resident() else {}
     if torch.cuda.is_available(): peak["gpu_MiB"] = torch.cuda.max_memory_allocated() // 2**20
     return peak
 
@@ -477,7 +474,7 @@ def _train_together(out: Path, config: Config, template: str, overwrite: bool, p
         if reused: return main
         data = first(lambda: prepare_data(config, progress=progress and main))
         model = first(lambda: model_for(config, data))
-        validate = validator(config, data, model, None, choose_precision(config.precision, choose_device(config.device)))
+        validate = validator(config, data, model, None, choose_precision(config.precision, choose_device(config.device), model))
         train(config, model, training_episodes(config, data, model), validate, out / "checkpoints", progress=progress)
     return main
 
@@ -600,7 +597,7 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
         (main, several), device = (world()[0] == 0, world()[1] > 1), choose_device(config.device)
         data = first(lambda: prepare_data(config, progress=main))
         with noted() as notes: leaks = guard(_seen(weights, known), config, data)
-        tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device))
+        tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device, model))
     if not main: return {}
     chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))
     numbered = data_numbers(dataclasses.replace(data, notes=data.notes + tuple(notes)), leaks)

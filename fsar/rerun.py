@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PLACES
+from .config import NEUTRAL
 from .core import FsarError, atomic_path, read_json, resource, write_json, writing
 from .reports import duration
 
 # %% ../nbs/46_rerun.ipynb #a662013f
-TIMES = {"wall_time_s", "seconds", "training_seconds", "test_seconds", "finished", "ended"}
+TIMES = {"wall_time_s", "seconds", "training_seconds", "test_seconds", "finished", "ended", "measured"}  # measured: by a clock or a memory counter, in a benchmark
 CIRCUMSTANCES = {"command", "git", "versions", "device", "peak_memory", "configuration", "config_hash", "taken_from"}
-IGNORED = TIMES | CIRCUMSTANCES | PLACES
+IGNORED = TIMES | CIRCUMSTANCES | NEUTRAL
 ASKED = {"config", "seeds", "settings", "recipe", "levels", "episodes", "methods", "reference"}  # settings in the metrics.json of all kinds of report
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 # %% ../nbs/46_rerun.ipynb #954606b9
 def same_figures(stored: Mapping[str, Any], again: Mapping[str, Any]) -> Figures:
-    "Compare two `metrics.json` of any kind of report to the bit: all that was measured and asked; not times, memory, versions, machine, commit and places."
-    found = list(entries(stored, again, set(names_in(stored))))
+    "Compare two `metrics.json` of any kind of report to the bit: all that was found and asked; not times and what follows from them, memory, versions, machine, commit and places."
+    figures, remade = ({k: v for k, v in m.items() if k not in stored.get("timed", ())} for m in (stored, again))  # timed: what follows from times, as the headline of a benchmark
+    found = list(entries(figures, remade, set(names_in(figures))))
     changes = sorted((e for e in found if e.kind in ("differs", "gone", "added")), key=lambda e: (not e.asked, not e.path.startswith("hashes")))  # first what may explain the rest
     return Figures(sum(e.kind == "same" for e in found), tuple(changes), tuple(e for e in found if e.kind == "newer"))
 

@@ -141,8 +141,8 @@ def run_task(task: Task, out: Path) -> None:
     from fsar.checkpoints import load_model
     from fsar.training import choose_device, choose_precision, train
     job, data, config, device = task.job, task.data, task.job.config, choose_device(task.job.config.device)
-    precision = choose_precision(config.precision, device)
     model = experiments.model_for(config, data)
+    precision = choose_precision(config.precision, device, model)
     training = train(config, model, experiments.training_episodes(config, data, model), experiments.validator(config, data, model, device, precision), task.training, progress=False)
     started = time.monotonic()
     tested = experiments.evaluate_model(load_model(training.best_folder), config, data, device=device, precision=precision, asked=task.asked, progress=False)

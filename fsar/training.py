@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'T', 'SELECTION', 'constant', 'cosine', 'step_decay', 'learning_rate', 'make_optimizer',
            'choose_device', 'choose_precision', 'leave', 'processes', 'first', 'agree', 'Traces', 'task', 'together',
-           'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'MetricsLog', 'tensorboard', 'Journal',
-           'Progress', 'training_settings', 'seen', 'differing_settings', 'is_due', 'run_validation', 'save_evidence',
-           'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
+           'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'StepCost', 'noise', 'step_cost', 'MetricsLog',
+           'tensorboard', 'Journal', 'Progress', 'training_settings', 'seen', 'differing_settings', 'is_due',
+           'run_validation', 'save_evidence', 'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
 
 # %% ../nbs/32_training.ipynb #ecf2e2f0
-import contextlib, csv, datetime, gc, math, multiprocessing, os, sys, time
+import contextlib, csv, datetime, gc, json, math, multiprocessing, os, subprocess, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
+from .backbones import channels_last
 from .checkpoints import atomic_folder, read_state, restore_state, save_model, save_state, tensor_bytes, trained_on
-from .config import PLACES, Config
-from .core import FsarError, Registry, atomic_path, extend, launched, torch_seed, track, write_json, writing
+from .config import NEUTRAL, Config
+from .core import FsarError, Registry, atomic_path, extend, keep_freed_memory, launched, peak_resident, torch_seed, track, write_json, writing
 from .episodes import EpisodeBatch, episode_loader
 from .evaluation import Result, everyones, world
-from .model import FewShotModel
+from .model import FewShotModel, create_model
 
 # %% ../nbs/32_training.ipynb #cd530d47
 SCHEDULES: Registry[Callable[[float], float]] = Registry("schedule")
@@ -78,11 +79,15 @@ def _cpu_multiplies_bf16() -> bool:
     except OSError: return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
-def choose_precision(name: str, device: torch.device) -> str:
-    "`auto` as `bf16` where the device computes it natively, else `fp32`."
+def _grouped(model: FewShotModel) -> bool:
+    "Whether the backbone has grouped convolutions, such as depthwise ones."
+    return any(isinstance(m, torch.nn.Conv2d) and m.groups > 1 for m in model.backbone.modules())
+
+def choose_precision(name: str, device: torch.device, model: FewShotModel) -> str:
+    "`auto` as `bf16` where the device computes the model's backbone faster in it, else `fp32`."
     if name != "auto": return name
-    native = {"cuda": lambda: torch.cuda.get_device_capability(device) >= (8, 0), "cpu": _cpu_multiplies_bf16}.get(device.type, lambda: False)
-    return "bf16" if native() else "fp32"
+    faster = {"cuda": lambda: torch.cuda.get_device_capability(device) >= (8, 0), "cpu": lambda: _cpu_multiplies_bf16() and not _grouped(model)}
+    return "bf16" if faster.get(device.type, lambda: False)() else "fp32"
 
 # %% ../nbs/32_training.ipynb #ac94c2e3
 _left: list[int] = []  # sizes of the groups that this process has left
@@ -225,18 +230,18 @@ def _check_processes(config: Config, world: int) -> None:
 
 # %% ../nbs/32_training.ipynb #f19f5e69
 def prepare_run(config: Config, model: FewShotModel) -> Run:
-    "Model and optimiser on their device, the backbone's weights in channels_last."
+    "Model and optimiser on their device, the backbone as the configuration wants it in training."
     device = choose_device(config.device)
     accelerator = _accelerator(device)
     if accelerator.num_processes > 1: device = accelerator.device  # its own GPU
     if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)  # torch_seed keeps the current GPU's random state
     _check_known(accelerator.num_processes)
     _check_processes(config, accelerator.num_processes)
-    model.to(device).train()
-    model.backbone.to(memory_format=torch.channels_last)
+    model.backbone.recompute, model.backbone.frozen, model.backbone.at_once = config.recompute, config.batch_norm == "frozen", config.frames_at_once
+    channels_last(model.to(device).train())
     optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
     wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
-    run = Run(config, model, wrapped, optimizer, accelerator, device, choose_precision(config.precision, device))
+    run = Run(config, model, wrapped, optimizer, accelerator, device, choose_precision(config.precision, device, model))
     if run.world > 1 and Traces(model).tensors: run.traces, wrapped.broadcast_buffers = Traces(model), False  # instead of sending the first process's around
     return run
 
@@ -285,6 +290,47 @@ def run_step(run: Run, batches: Iterator[EpisodeBatch],  # this process's episod
     if not math.isfinite(norm): raise NonFinite(step, sorted(indices), {"gradient_norm": norm})
     run.optimizer.step()
     return {"lr": rate, **{name: sum(column) / len(column) for name, column in zip(rows[0], zip(*table))}, "gradient_norm": norm}
+
+# %% ../nbs/32_training.ipynb #04f0c372
+@dataclass(frozen=True)
+class StepCost:
+    "What a training step takes."
+    peak: int  # bytes: the most that the process held; on a GPU, what its allocator gave out
+    before: int  # bytes: the most before the step, which is the program, the model and the episode
+    seconds: float  # of the last step
+    precision: str
+
+def noise(config: Config, frames: int) -> EpisodeBatch:
+    "An episode of the configuration's shape, made of noise."
+    with torch_seed(config.seed):
+        support, query = (torch.randint(0, 256, (config.ways * n, frames, 3, config.size, config.size), dtype=torch.uint8) for n in (config.shots, config.queries))
+    ways = torch.arange(config.ways)
+    return EpisodeBatch(support, ways.repeat_interleave(config.shots), query, ways.repeat_interleave(config.queries), ways, 0)
+
+# %% ../nbs/32_training.ipynb #0ec4b4c6
+def step_cost(config: Config, *, classes: int = 64,  # of the base classes
+              steps: int = 2  # the optimiser makes its own tensors in the first
+              ) -> StepCost:
+    "Memory and time of a training step under `config`, its data apart, measured in a new process; `FsarError` when that one ends without an answer."
+    request = {"config": config.to_dict(), "classes": classes, "steps": steps, "threads": torch.get_num_threads()}
+    program = "import json, sys; from fsar.training import _cost; print(json.dumps(_cost(**json.load(sys.stdin))))"
+    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(request), capture_output=True, text=True)
+    if done.returncode: raise FsarError(f"the step that was to be measured ended with {done.returncode} (−9: killed, as the system does when memory is full): {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return StepCost(**json.loads(done.stdout.splitlines()[-1]))
+
+def _cost(config: Mapping[str, Any], classes: int, steps: int, threads: int) -> dict[str, Any]:
+    "What `step_cost` asks of its process."
+    torch.set_num_threads(threads)
+    c = Config.from_dict(config)
+    keep_freed_memory(scarce=c.recompute)
+    model = create_model(c.method, backbone=c.backbone, frames=c.frames, classes=classes, weights=c.weights or None, options=c.options, sampler=c.sampler, seed=c.seed)
+    run, batch = prepare_run(c.replace(tasks_per_step=1, episodes=steps), model), noise(c, model.clip_frames)
+    gpu, before = run.device.type == "cuda", peak_resident()
+    if gpu: before = torch.cuda.max_memory_allocated(run.device)
+    for step in range(steps):
+        batch.index, began = step, time.monotonic()
+        run_step(run, iter([batch]), step)
+    return asdict(StepCost(torch.cuda.max_memory_allocated(run.device) if gpu else peak_resident(), before, time.monotonic() - began, run.precision))
 
 # %% ../nbs/32_training.ipynb #682042f4
 def _kept_rows(path: Path, last: int) -> list[dict[str, str]]:
@@ -372,10 +418,10 @@ class Progress:
 
 # %% ../nbs/32_training.ipynb #1559aae2
 def training_settings(config: Config, episodes: Dataset) -> dict[str, Any]:
-    "What decides the trained weights: the configuration without places and test settings, and the data's hash where it has one."
+    "What decides the trained weights: the configuration without test settings and without what changes no number, and the data's hash where it has one."
     skip = set() if config.protocol == "paper" else {name for name in config.to_dict() if name.startswith("test_")}
     data = getattr(getattr(episodes, "store", None), "hash", None)
-    return {**{k: v for k, v in config.to_dict().items() if k not in PLACES | skip}, "data": data}
+    return {**{k: v for k, v in config.to_dict().items() if k not in NEUTRAL | skip}, "data": data}
 
 def seen(config: Config, episodes: Dataset) -> list[dict[str, Any]]:
     "What weights trained on `episodes` will have seen: data sets and classes, after those of the weights that the training starts from."
@@ -451,7 +497,7 @@ class EveryNth(Dataset):
 def batches_from(run: Run, episodes: Dataset, step: int) -> Iterator[EpisodeBatch]:
     "This process's episodes from `step` on; with `config.workers` they are loaded while the step before computes."
     share = EveryNth(episodes, run.accelerator.process_index, run.world)
-    return iter(episode_loader(share, run.tasks(step).start // run.world, run.config.episodes // run.world, workers=run.config.workers))
+    return iter(episode_loader(share, run.tasks(step).start // run.world, run.config.episodes // run.world, workers=run.config.workers, pin=run.device.type == "cuda"))
 
 # %% ../nbs/32_training.ipynb #e6a693f1
 def _save(run: Run, progress: Progress, settings: Mapping[str, Any], journal: Journal, out: Path) -> None:
@@ -550,6 +596,7 @@ def train(config: Config, model: FewShotModel,  # with its first weights; traine
     `FsarError`: `out` holds another training or cannot be written, a loss is not finite.
     """
     out, settings = Path(out).absolute(), training_settings(config, episodes)
+    keep_freed_memory(scarce=config.recompute)
     with processes(config.device):
         place, state = first(lambda: _find(out, settings))
         agree(state and state.step, out)

@@ -77,7 +77,8 @@ def test_configuration_survives_json_and_hashes_only_what_counts():
 FAULTS = """
 import resource, sys, threading, torch
 from fsar.core import keep_freed_memory
-kept = keep_freed_memory()
+kept = keep_freed_memory(scarce=sys.argv[2] == "scarce")
+keep_freed_memory()  # said once, scarce stays
 def step(): [torch.zeros(size, dtype=torch.uint8) for size in (40_000_000, 20_000_000, 2_000_000)]
 def measure():
     for _ in range(4): step()
@@ -89,10 +90,10 @@ else: (thread := threading.Thread(target=measure)).start(); thread.join()
 """
 
 
-def faults(setting, where):
+def faults(setting, where="main", word=""):
     "Whether freed memory is kept, and the page faults of five steps that take and free 62 MB each, in a process of its own."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))} | {"FSAR_KEEP_MEMORY": setting}
-    kept, count = subprocess.run([sys.executable, "-c", FAULTS, where], env=env, check=True, capture_output=True, text=True).stdout.split()
+    kept, count = subprocess.run([sys.executable, "-c", FAULTS, where, word], env=env, check=True, capture_output=True, text=True).stdout.split()
     return kept == "True", int(count)
 
 
@@ -103,10 +104,18 @@ def test_freed_memory_is_kept_and_not_taken_anew_page_by_page(where):
     assert (off, on) == (False, True) and usual > 100 and kept < usual / 10  # 75,000 pages of 4 kB, or 150 of 2 MB
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large buffers back at once")
+def test_where_memory_is_scarce_it_is_given_back_for_good_unless_the_user_says_otherwise():
+    (off, usual), (on, kept) = faults("", word="scarce"), faults("1", word="scarce")
+    assert (off, on) == (False, True) and usual > 100 and kept < usual / 10
+
+
 @pytest.mark.parametrize("library", [OSError("no such library"), TypeError("Windows"), SimpleNamespace()])
 def test_memory_is_kept_only_where_glibc_is(library, monkeypatch):
     def load(name):
         if isinstance(library, Exception): raise library
         return library
     monkeypatch.setattr(core.ctypes, "CDLL", load)
-    assert core.keep_freed_memory.__wrapped__() is False
+    assert core._glibc.__wrapped__() is None
+    monkeypatch.setattr(core, "_glibc", lambda: None)
+    assert core.keep_freed_memory() is core.keep_freed_memory(scarce=True) is False and not core._scarce
