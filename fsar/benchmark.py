@@ -9,9 +9,10 @@ __all__ = ['T', 'Row', 'ITEMS', 'EACH', 'EPISODES', 'CLASSES', 'VIDEOS', 'STEPS'
            'measure_trx', 'rendered_videos', 'filmed_videos', 'counting', 'repeated', 'measure_testing', 'load',
            'unchanged', 'measure_loader', 'config_of', 'run_of', 'step', 'bare_step', 'measure_step', 'step_call',
            'measure_automatic', 'large_config', 'with_statistics', 'gradient_of', 'memory_of', 'measure_memory',
-           'start', 'measure_start', 'devices_of', 'measuring', 'code_hash', 'known', 'measure_item', 'measure_all',
-           'verdict', 'figure', 'spread_text', 'beside', 'goal_table', 'panels', 'goal_figure', 'count_text', 'summary',
-           'notes', 'bench_command', 'bench_metrics', 'bench']
+           'start', 'measure_start', 'measure_growth', 'measure_profiles', 'measure_findings', 'as_rows', 'devices_of',
+           'measuring', 'code_hash', 'known', 'measure_item', 'measure_all', 'verdict', 'figure', 'spread_text',
+           'beside', 'goal_table', 'panels', 'goal_figure', 'count_text', 'summary', 'notes', 'table_of', 'findings_of',
+           'growth_words', 'bench_command', 'bench_metrics', 'bench']
 
 # %% ../nbs/49_benchmark.ipynb #f513b1bf
 import contextlib, copy, functools, itertools, os, shlex, shutil, statistics, subprocess, sys, tempfile, time
@@ -34,13 +35,15 @@ from .datasets import Data, prepare_data, prepare_rendered
 from .episodes import EpisodeBatch, EpisodeClips, EpisodeSampler, EpisodeTable, VideoClips, episode_loader, episode_table
 from .evaluation import embed_videos, gather, predict_episodes, testing
 from .formats import stand_in
+from .growth import FULL, QUICK as FEW, exponents, growth
 from .matching import otam
-from .model import Embedding, FewShotModel, create_model
+from .model import METHODS, Embedding, FewShotModel, create_model, load_methods
 from .motions import PRESETS, split_classes
+from .profiles import Finding, findings, profile_step
 from .references import Episode, OriginalClips, agreed, apart, bimhm_plain, match_each, otam_cells, plain, test_each, trx_each
 from .store import Store
-from .timing import Call, companion, in_turns, peak_memory
-from .training import Run, choose_device, noise as noise_episode, prepare_run, run_step, step_cost
+from .timing import Call, Ratio, companion, in_turns, peak_memory
+from .training import Run, choose_device, choose_precision, noise as noise_episode, prepare_run, run_step, step_cost
 from .video import write_video
 
 T = TypeVar("T")
@@ -80,13 +83,14 @@ class Item:
     bound: str  # why it is not faster
     measure: Callable[[Settings], list[Row]]
     cuda: bool  # whether a GPU is measured as well
+    judged: bool  # whether its rows are those of `row`; else a table of its own
 
 ITEMS: Registry[Item] = Registry("item of the benchmark")
 
-def item(name: str, title: str, about: str, bound: str, cuda: bool = True) -> Callable[[T], T]:
+def item(name: str, title: str, about: str, bound: str = "", cuda: bool = True, judged: bool = True) -> Callable[[T], T]:
     "Decorator: the function measures this item."
     def add(measure: T) -> T:
-        ITEMS.register(name)(Item(title, about, bound, measure, cuda))
+        ITEMS.register(name)(Item(title, about, bound, measure, cuda, judged))
         return measure
     return add
 
@@ -455,6 +459,24 @@ def _training_start(s: Settings, table: pd.DataFrame) -> Row:
     ours, vision = table["training"] - table["torch"], table["vision"] - table["torch"]
     return row("all that training needs", s, "s beyond torch", ours, ours="fsar.training", reference="torchvision", rates={"ours": ours.median(), "reference": vision.median()}, rate_unit="s for torchvision alone", seconds=table[["training", "vision", "torch"]])
 
+# %% ../nbs/49_benchmark.ipynb #21a1c032
+@item("growth", "growth", "Operations, memory and time of every method against frames, ways, shots, queries, videos and episodes, with fitted exponents.", judged=False)
+def measure_growth(s: Settings) -> list[Row]:
+    return as_rows(growth(s.pick(None, ["otam", "trx"]), s.pick(FULL, FEW), works=s.pick(("embed", "score", "learn", "test"), ("score",)), device=s.device))
+
+@item("profiles", "profiles", "A training step of every method on ResNet-18 at 112 pixels under torch's profiler.", judged=False)
+def measure_profiles(s: Settings) -> list[Row]:
+    names, how = s.pick((sorted(load_methods()), {}), (["otam"], {"backbone": "resnet_micro", "size": 32, "steps": 1}))
+    return as_rows(pd.concat([profile_step(name, device=s.device, precision=choose_precision("auto", torch.device(s.device), create_model(name, backbone=how.get("backbone", "resnet18"))), **how) for name in names]))
+
+@item("findings", "findings", "What profiles and counts led to: the change predicted, made and measured.", judged=False)
+def measure_findings(s: Settings) -> list[Row]:
+    return [asdict(found) for found in findings(s.quick, s.device)]
+
+def as_rows(table: pd.DataFrame) -> list[Row]:
+    "A table for JSON, which has no nan."
+    return [{k: None if isinstance(v, float) and v != v else v for k, v in r.items()} for r in table.to_dict("records")]
+
 # %% ../nbs/49_benchmark.ipynb #83d2eb3e
 def devices_of(name: str) -> list[str]:
     "The devices that `--device` asks for: auto is the processor, and a GPU where there is one."
@@ -465,7 +487,7 @@ def devices_of(name: str) -> list[str]:
 def measuring(name: str, devices: Sequence[str], rounds: int, quick: bool) -> Call:
     "For a companion: a call that measures an item on all devices that it is for, with freed memory kept as `fsar train` and `fsar test` do."
     keep_freed_memory()
-    return lambda: [{"item": name, **r} for device in devices if device == "cpu" or ITEMS[name].cuda for r in ITEMS[name].measure(Settings(rounds, quick, device))]
+    return lambda: [{"item": name, "device": device, **r} for device in devices if device == "cpu" or ITEMS[name].cuda for r in ITEMS[name].measure(Settings(rounds, quick, device))]
 
 def code_hash() -> str:
     "SHA-256 of the package's source."
@@ -574,8 +596,8 @@ def summary(rows: Sequence[Row], quick: bool, failed: Mapping[str, str]) -> str:
 def notes(metrics: Mapping[str, Any]) -> str:
     "A paragraph of Markdown for each item."
     found = []
-    for name in metrics["settings"]["items"]:
-        rows, one = [r for r in metrics["rows"] if r["item"] == name], ITEMS[name]
+    for name, one in ((name, ITEMS[name]) for name in metrics["settings"]["items"] if ITEMS[name].judged):
+        rows = [r for r in metrics["rows"] if r["item"] == name]
         missed = [f"{r['case']} ({spread_text(r['measured']['value'])} {r['unit']}, the goal is {Goal(**r['goal'])})" for r in rows if verdict(r, metrics["settings"]["quick"]) == "missed"]
         text = [f"**{one.title[0].upper()}{one.title[1:]}.** {one.about}"]
         if missed: text.append(f"*Missed: {'; '.join(missed)}.* What bounds it: {one.bound[0].lower()}{one.bound[1:]}")
@@ -583,6 +605,25 @@ def notes(metrics: Mapping[str, Any]) -> str:
         if name in metrics["failed"]: text.append(f"*Not measured: {metrics['failed'][name]}*")
         found.append(" ".join(text))
     return "\n\n".join(found)
+
+# %% ../nbs/49_benchmark.ipynb #1db15a2e
+def table_of(metrics: Mapping[str, Any], name: str) -> pd.DataFrame:
+    "The rows of an item that is a table of its own."
+    return pd.DataFrame(metrics[name]).drop(columns=["item"])
+
+def findings_of(metrics: Mapping[str, Any]) -> list[Finding]:
+    "What was found, as `fsar.profiles.findings` gave it."
+    plain = ({k: v for k, v in r.items() if k not in ("item", "device")} for r in metrics["findings"])
+    return [Finding(**{**r, "measured": Ratio(**r["measured"])}) for r in plain]
+
+def growth_words(fitted: pd.DataFrame  # of fsar.growth.exponents
+                 ) -> str:
+    "How many exponents were judged, and which are above their bound."
+    judged = fitted[[v is True or v is False for v in fitted["judged"]]]
+    above = judged[[v is False for v in judged["judged"]]]
+    listed = "; ".join(f"{r.method}, {r.work} against {r.dimension}: {r.measure} {r.exponent:.2f} where the formula has {r.own:.2f}" for r in above.itertuples())
+    kept = count_text(len(judged) - len(above), len(judged), "fitted exponents are within the slope of their method's own formula")
+    return f"{kept[0].upper()}{kept[1:]}." + (f" Above it: {listed}." if listed else "")
 
 # %% ../nbs/49_benchmark.ipynb #fb59a0cb
 def bench_command(out: str | Path, items: Sequence[str], rounds: int, quick: bool, device: str) -> str:
@@ -592,10 +633,11 @@ def bench_command(out: str | Path, items: Sequence[str], rounds: int, quick: boo
 
 def bench_metrics(found: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str], settings: Mapping[str, Any], command: str) -> dict[str, Any]:
     "What metrics.json holds. Times are `measured` in the rows, and the headline follows from them."
-    rows = [r for one in found.values() for r in one["rows"]]
+    rows = [r for name, one in found.items() if ITEMS[name].judged for r in one["rows"]]
+    tables = {name: one["rows"] for name, one in found.items() if not ITEMS[name].judged}
     origin = experiments.origin_of(command, seeds=[], device="cpu", seconds=sum(one["seconds"] for one in found.values()), hashes={})
     machines = {"device": "; ".join(experiments.machine(d) for d in settings["devices"])}
-    return {"headline": summary(rows, settings["quick"], failed), "timed": ["headline"], "settings": dict(settings), "rows": rows, "failed": dict(failed), **origin, **machines}
+    return {"headline": summary(rows, settings["quick"], failed), "timed": ["headline", *tables], "settings": dict(settings), "rows": rows, **tables, "failed": dict(failed), **origin, **machines}
 
 # %% ../nbs/49_benchmark.ipynb #96a3c017
 def bench(out: str | Path, *, items: Sequence[str] = (),  # names in ITEMS; none: all
