@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT', 'CONFIG', 'CARD', 'FORMAT', 'MODEL', 'KEYS', 'REASONS', 'ACCEPTED', 'USE', 'INTENDED', 'LIMITS',
-           'Preprocessing', 'preprocessing_of', 'Pretrained', 'tested', 'run_of', 'hub_name', 'client', 'asking',
+           'Preprocessing', 'preprocessing_of', 'Pretrained', 'results_of', 'run_of', 'hub_name', 'client', 'asking',
            'download', 'shipped', 'load_pretrained', 'front_matter', 'table', 'accuracy', 'certainty', 'training_data',
            'described', 'model_card', 'save_pretrained', 'push_to_hub']
 
@@ -52,7 +52,7 @@ class Pretrained:
     model: FewShotModel
     preprocessing: Preprocessing
     trained_on: list[dict[str, Any]] = field(default_factory=list)  # as fsar.checkpoints.trained_on tells it
-    test: dict[str, Any] | None = None  # what its run measured, see `tested`; None: not known
+    test: dict[str, Any] | None = None  # what its run measured, see `results_of`; None: not known
     calibration: dict[str, Any] | None = None  # of its probabilities, see fsar.predict
     license: str = "unknown"  # of the weights, one of the hub's names
 
@@ -65,7 +65,7 @@ class Pretrained:
 # %% ../nbs/34_hub.ipynb #27253ac8
 RESULT = ("task", "split", "accuracy", "ci95", "chance", "episodes")
 
-def tested(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def results_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     "What a run's metrics.json says of its weights, without the tables."
     data, pairs = metrics["data"], metrics.get("reversed_pairs")
     return {"data": data["name"], "classes": {split: len(names) for split, names in data["classes"].items()}, "videos": data["videos"], "protocol": metrics["config"]["protocol"],
@@ -87,7 +87,7 @@ def _from_checkpoint(place: Path, given: Mapping[str, int | None]) -> Pretrained
     run, model = run_of(folder), load_model(folder)
     known = run.get("config", {}) if isinstance(run, dict) else {}
     own = run.get("hashes", {}).get("weights") == record["files"][WEIGHTS]
-    return Pretrained(model, preprocessing_of(place, known, given), record["metadata"].get("trained_on", []), tested(run) if own else None)
+    return Pretrained(model, preprocessing_of(place, known, given), record["metadata"].get("trained_on", []), results_of(run) if own else None)
 
 # %% ../nbs/34_hub.ipynb #847f4b65
 def _from_run(place: Path, given: Mapping[str, int | None]) -> Pretrained:
@@ -130,10 +130,11 @@ def _from_shared(folder: Path, given: Mapping[str, int | None]) -> Pretrained:
     config, weights = _config(folder / CONFIG), folder / WEIGHTS
     if not weights.is_file(): raise FsarError(f"{weights} is missing")
     if sha256_file(weights) != config["files"][WEIGHTS]: raise FsarError(f"{weights} is damaged or was altered: its content does not match the hash in {CONFIG}")
-    try: model = create_model(**config["model"])
+    try:
+        Config(**{k: config["model"][k] for k in ("method", "backbone", "frames", "sampler")})  # of the right types
+        model, preprocessing = create_model(**config["model"]), preprocessing_of(folder, config["preprocessing"], given)
     except (FsarError, TypeError, ValueError) as e: raise FsarError(f"{folder / CONFIG}: {e}") from e
     _fill(model, _read_tensors(weights), folder, CONFIG)
-    preprocessing = preprocessing_of(folder, config["preprocessing"], given)
     return Pretrained(model.eval(), preprocessing, *(config[k] for k in ("trained_on", "test", "calibration", "license")))
 
 # %% ../nbs/34_hub.ipynb #e0f89ea6
@@ -196,10 +197,10 @@ def load_pretrained(place: str | Path,  # the name of a shipped model, a run's f
     if revision: raise FsarError(f"revision={revision!r} is for a model on the hub, and {place} is none")
     folder = Path(place).expanduser()
     if not folder.exists() and str(place) in shipped(): folder = shipped()[str(place)]
-    if not folder.is_dir(): raise FsarError(f"no model {str(place)!r}: there is no such folder, and with the package come {', '.join(shipped())}.{nearest(str(place), shipped())} {ACCEPTED}")
+    if not folder.is_dir(): raise FsarError(f"no model {str(place)!r}: there is no such folder, and with the package comes {', '.join(shipped())}.{nearest(str(place), shipped())} {ACCEPTED}")
     return _reader(folder)(folder, given)
 
-ACCEPTED = f"Accepted: a run's folder, a checkpoint's ({RECORD}), a shared model's ({CONFIG}), or owner/name on the Hugging Face hub"
+ACCEPTED = f"Accepted: a run's folder, a checkpoint's ({RECORD}), a shared model's ({CONFIG}), or owner/name on the Hugging Face hub (hf://owner/name where a folder 'owner' is here)"
 
 def _reader(folder: Path) -> Any:
     "The function for this kind of folder."

@@ -406,6 +406,8 @@ def load_support(self: FewShotRecognizer, path: str | Path) -> "FewShotRecognize
     about, embedding = _read_support(Path(path))
     if about["model"] != self.pretrained.identity:
         raise FsarError(f"{path} was learned with another model (identity {about['model'][:12]}…, this one's is {self.pretrained.identity[:12]}…): load that model, or learn from the examples again")
+    like = self._embedded(torch.zeros(1, self.model.clip_frames, 3, *[self.pretrained.preprocessing.size] * 2, dtype=torch.uint8))
+    if {k: (x.shape[1:], x.dtype) for k, x in like.items()} != {k: (x.shape[1:], x.dtype) for k, x in embedding.items()}: raise FsarError(f"{path} is damaged: its embeddings have not the shapes that this model makes")
     self.support = Support(tuple(about["classes"]), tuple(about["names"]), {k: x.to(self.device) for k, x in embedding.items()}, (None,) * len(about["classes"]))
     if about["calibration"]: self._calibrate(Calibration.from_dict(about["calibration"]))
     return self
