@@ -14,13 +14,14 @@ import torch
 
 from fsar import cli, predict
 from fsar.augment import TestTransform
+from fsar.calibration import Calibration, Trials, above, calibrated, measured, temperature
 from fsar.core import FsarError, generator, torch_seed
 from fsar.episodes import VideoClips
 from fsar.evaluation import embed_videos
-from fsar.hub import Preprocessing, Pretrained, load_pretrained
+from fsar.hub import ARRAYS, Preprocessing, Pretrained, clip_of, frames_of, load_pretrained
 from fsar.model import METHODS, SAMPLERS, create_model, load_methods
 from fsar.motions import render, split_classes
-from fsar.predict import (ARRAYS, Calibration, FewShotRecognizer, Trials, above, calibrated, clip_of, examples_of, frames_of, matcher_of, measured, prediction_figure, spans, temperature)
+from fsar.predict import FewShotRecognizer, examples_of, matcher_of, prediction_figure, spans
 from fsar.video import VideoError, decode, decode_all, segment_indices, write_video
 
 load_methods()
