@@ -491,7 +491,7 @@ def check(self: Predict) -> None:
     if not self.videos and not self.save: raise FsarError("name the videos to ask about, or with --save the file for what is learned")
     if self.windows < 0 or self.step < 0: raise FsarError(f"--windows and --step are seconds, from 0 up, got {self.windows:g} and {self.step:g}")
     if self.picture and not self.videos: raise FsarError("--picture draws answers: name the videos to ask about")
-    if self.picture and self.windows and len(self.videos) > 1: raise FsarError("--picture draws the timeline of one video: name one")
+    if self.picture and len(self.videos) > (most := 1 if self.windows else 20): raise FsarError(f"--picture draws {'the timeline of one video' if most == 1 else f'up to {most} videos'}: name no more")
     for flag, path, kind in (("--save", self.save, ".safetensors"), ("--picture", self.picture, ".png")):
         if path and Path(path).suffix != kind: raise FsarError(f"{flag} writes a {kind} file, not {path}")
         if path and Path(path).exists() and not self.overwrite: raise FsarError(f"{path} exists: name another file, or replace it with --overwrite")

@@ -267,8 +267,8 @@ def _answers(self: FewShotRecognizer, names: Sequence[str], query: Embedding, pi
 
 @extend(FewShotRecognizer)
 def _judged(self: FewShotRecognizer, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (Q, N) probabilities, (Q,) whether it is none of the classes
-    c = self.calibration
-    return (logits.double() / (c.temperature if c else 1)).softmax(-1).cpu().numpy(), (logits.amax(-1) < (c.threshold if c else -math.inf)).cpu().numpy()
+    c, logits = self.calibration, logits.cpu().double()  # not every device computes in float64
+    return (logits / (c.temperature if c else 1)).softmax(-1).numpy(), (logits.amax(-1) < (c.threshold if c else -math.inf)).numpy()
 
 # %% ../nbs/36_predict.ipynb #63526a62
 def prediction_figure(predictions: Sequence[Prediction], most: int = 6  # classes shown

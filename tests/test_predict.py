@@ -458,7 +458,7 @@ def test_the_command_takes_long_videos_and_calibrates(examples, tiny_motions, tm
 @pytest.mark.parametrize("words, said", [
     (["--support", "examples"], "name the videos to ask about"), (["split.mp4", "--support", "exmples"], "no such file: exmples"), (["split.mp4"], "--support"), (["split.mp4", "--support", "examples", "--model", "molo-motion"], "Did you mean 'molo-motions-mini'?"),
     (["split.mp4", "--support", "examples", "--picture", "why.jpg"], "--picture writes a .png file"), (["split.mp4", "--support", "examples", "--save", "a.pt"], "--save writes a .safetensors file"), (["split.mp4", "--support", "examples", "--picture", "there.png"], "there.png exists"),
-    (["split.mp4", "--support", "examples", "--windows", "-1"], "from 0 up"), (["split.mp4", "roll_left.mp4", "--support", "examples", "--windows", "1", "--picture", "t.png"], "timeline of one video"),
+    (["split.mp4", "--support", "examples", "--windows", "-1"], "from 0 up"), (["split.mp4", "roll_left.mp4", "--support", "examples", "--windows", "1", "--picture", "t.png"], "timeline of one video"), (["split.mp4"] * 21 + ["--support", "examples", "--picture", "t.png"], "up to 20 videos"),
     (["nothing.mp4", "--support", "examples"], "nothing.mp4: no such file"), (["split.mp4", "--support", "examples", "--device", "gpu"], "device 'gpu' is not available here"), (["split.mp4", "--support", "examples", "--size", "100"], "larger than the stored frames"),
     (["split.mp4", "--support", "split.mp4"], "is not what save_support writes"), (["split.mp4", "--suport", "examples"], "--support")])
 def test_the_commands_errors_are_one_line(words, said, examples, tmp_path, monkeypatch, capsys):
