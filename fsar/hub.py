@@ -113,7 +113,7 @@ def results_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
             "selected_on": metrics["selected_on"], "notes": data["notes"], "results": [{k: r[k] for k in RESULT} for r in metrics["results"]],
             "reversed_pairs": {k: pairs[k] for k in RESULT} if pairs else None,
             "training": {k: metrics["config"][k] for k in ("episodes", "ways", "shots", "queries", "tasks_per_step", "seed", "weights")},
-            "command": metrics["command"], "commit": (metrics["git"] or {}).get("commit")}
+            "command": metrics["command"], "fsar": metrics["versions"]["fsar"], "commit": (metrics["git"] or {}).get("commit")}
 
 # %% ../nbs/34_hub.ipynb #c03ce839
 def run_of(checkpoint: Path) -> dict[str, Any]:
@@ -314,8 +314,8 @@ def described(p: Pretrained) -> dict[str, Any]:
     if p.test:
         t = p.test["training"]
         rows["training"] = f"{t['episodes']:,} episodes, {t['ways']}-way {t['shots']}-shot, {t['queries']} queries a class, {t['tasks_per_step']} a step; {t['weights'] or 'from scratch'}; seed {t['seed']}"
-    commit = f", commit {p.test['commit']}" if p.test and p.test["commit"] else ""
-    return rows | {"made with": f"fsar {fsar.__version__}{commit}", "weights and preparation": f"identity `{p.identity}`"}
+        rows["trained by"] = f"fsar {p.test['fsar']}" + (f", commit {p.test['commit']}" if p.test["commit"] else "")
+    return rows | {"weights and preparation": f"identity `{p.identity}`"}
 
 # %% ../nbs/34_hub.ipynb #13de7fc1
 USE = "\n".join(["```python", "from fsar.predict import FewShotRecognizer", "", 'recognizer = FewShotRecognizer.from_pretrained("{name}")',
