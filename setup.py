@@ -10,9 +10,9 @@ parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 readme = HERE / "README.md"
 
-# Two top-level folders travel inside the package: the split lists and the papermill templates.
-carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/experiments"}
-carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"]}
+# Three top-level folders travel inside the package: the split lists, the papermill templates and a trained model.
+carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/experiments", "fsar.models": "models"}
+carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"], "fsar.models": ["*/*.json", "*/*.safetensors", "*/*.md"]}
 
 setup(
     name=cfg["lib_name"],
@@ -35,7 +35,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split() + cfg["conditional_requirements"].strip().splitlines(),
-    extras_require={"cluster": cfg["cluster_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={"cluster": cfg["cluster_requirements"].split(), "hub": cfg["hub_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),
     package_dir=carried,

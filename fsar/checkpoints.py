@@ -119,11 +119,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as e: raise FsarError(f"{path} is not a safetensors file ({e}); nothing else is read from a checkpoint") from e
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, record: str = RECORD) -> None:
     "Copy weights into a model; every name and shape must fit."
     own = model.state_dict()
     wrong = sorted(k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape)
-    if wrong: raise FsarError(f"the weights in {folder} do not fit the model built from its {RECORD}: {len(wrong)} tensors differ, first {wrong[0]!r}")
+    if wrong: raise FsarError(f"the weights in {folder} do not fit the model built from its {record}: {len(wrong)} tensors differ, first {wrong[0]!r}")
     model.load_state_dict(weights)
 
 # %% ../nbs/30_checkpoints.ipynb #5f7cd7dc

@@ -166,7 +166,7 @@ def sha256_arrays(*arrays: np.ndarray) -> str:
 
 # %% ../nbs/00_core.ipynb #afe54083
 VIDEO_EXTENSIONS = frozenset(".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts".split())  # in lower case
-RESOURCES = {"data_splits": "data_splits", "templates": "nbs/experiments"}  # name in the package → folder in the repository
+RESOURCES = {"data_splits": "data_splits", "templates": "nbs/experiments", "models": "models"}  # name in the package → folder in the repository
 
 def resource(name: str) -> Path:
     "Folder of a resource, in the installed package or in the checkout beside it."

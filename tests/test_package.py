@@ -47,6 +47,13 @@ print(json.dumps([fsar.__file__, str(resource("data_splits")), sorted(p.name for
     assert tests == {"kinetics100": 2400, "kinetics100_molo": 2400, "ssv2_full": 2857, "ssv2_small": 2400, "ucf101": 2745, "hmdb51": 1292}
 
 
+def test_wheel_carries_a_trained_model(installed, tmp_path):
+    code = "from fsar.hub import load_pretrained, shipped; print(*map(str, shipped().values())); print(load_pretrained('molo-motions-mini').model.config['method'])"
+    places, method = run_python(code, installed, tmp_path).splitlines()
+    assert Path(places).is_relative_to(installed) and method == "molo"
+    assert "Provides-Extra: hub" in (next(installed.glob("fsar-*.dist-info")) / "METADATA").read_text()
+
+
 def test_wheel_carries_types_licence_and_console_script(installed):
     assert (installed / "fsar" / "py.typed").exists() and not (installed / "tests").exists()
     info = next(installed.glob("fsar-*.dist-info"))
@@ -85,7 +92,7 @@ def test_every_runtime_import_is_a_declared_requirement():
     parser.read(ROOT / "settings.ini")
     declared = {re.match(r"[\w-]+", r)[0] for r in (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["conditional_requirements"]).split() if r[0].isalpha()}
     known = {"PIL": "pillow", "IPython": "ipykernel", "matplotlib": "seaborn", "nbformat": "papermill", "nbclient": "papermill", "jupyter_client": "ipykernel", "traitlets": "ipykernel", "psutil": "accelerate"}
-    optional = {"tensorboard", "pyarrow", "webdataset", "ray"}  # used where they are installed: a log, formats to compare the store with and Parquet, clusters
+    optional = {"tensorboard", "pyarrow", "webdataset", "ray", "huggingface_hub"}  # used where they are installed: a log, formats to compare the store with and Parquet, clusters, the hub
     missing = set()
     for file in (ROOT / "fsar").rglob("*.py"):
         if file.name == "_modidx.py": continue
