@@ -105,7 +105,8 @@ class MotionDecoder(nn.Module):
         self.out = nn.Conv2d(widths[-1], 3, 1)
 
     def forward(self, differences: Tensor, size: tuple[int, int]) -> Tensor:
-        x, videos, (h, w) = rearrange(differences, "v t c h w -> (v t) c h w"), len(differences), differences.shape[-2:]
+        videos, (h, w) = len(differences), differences.shape[-2:]
+        x = rearrange(differences, "v t c h w -> (v t) c h w").contiguous(memory_format=torch.channels_last)  # half the time, see fsar.profiles
         for stage, part in zip(self.stages, (16, 4, 1)):
             x = stage(x, (max(h, size[0] // part), max(w, size[1] // part)) if part > 1 else size)
         return self.out(x).unflatten(0, (videos, -1))

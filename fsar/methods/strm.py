@@ -158,7 +158,7 @@ def embed(self: STRM, clips: Tensor) -> Embedding:
 def score(self: STRM, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
     "−scale · distance of the tuples; at test in the released form the weighted query-class similarity is added."
     slots, real = class_slots(labels, ways)
-    sides = {name: by_class(x, slots) for name, x in support.items() if name.startswith(("keys", "values"))}
+    sides = {name: by_class(x, slots) for name, x in support.items() if name.startswith(("keys", "values", "sharp"))}
     logits = -self.scale * self.heads[0].distance(query, sides, real, self.chunk)
     if self.query_class is None or self.training or not self.query_class_at_test: return logits
     return logits + self.query_class_weight * self.class_similarity(support, labels, query, ways)
