@@ -1,0 +1,180 @@
+"""The page: what stands behind its buttons, its server over HTTP, and all of it in a real browser."""
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from fsar import page
+from fsar.core import FsarError
+from fsar.motions import render
+from fsar.page import Buttons, Desk, Limits, check_upload, seconds_of
+from fsar.predict import FewShotRecognizer, Support
+from fsar.video import decode_all, write_video
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MAX_MB, MAX_SECONDS = 1, 4
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    "Three clips each of three motions and one to ask about, a text file, a file that is too large and one that is too long."
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("split", "merge", "roll_left"):
+        for k in range(4): write_video(folder / f"{name}_{k}.mp4", render(name, k), fps=12)
+    (folder / "notes.txt").write_text("groceries: milk, bread\n" * 40)
+    (folder / "notes.mp4").write_text("groceries: milk, bread\n" * 40)
+    (folder / "enormous.mp4").write_bytes((folder / "split_0.mp4").read_bytes() + bytes(2 * MAX_MB << 20))
+    write_video(folder / "long.mp4", np.repeat(render("split", 0), 5, 0), fps=12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> FewShotRecognizer: return FewShotRecognizer.from_pretrained("molo-motions-mini", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def desk(recognizer) -> Desk: return Desk(recognizer, Limits(MAX_MB, MAX_SECONDS))
+
+
+@pytest.fixture(scope="module")
+def known(desk, clips) -> Support:
+    "Three classes by three clips each."
+    support = Support()
+    for name in ("split", "merge", "roll_left"): support = desk.learn(support, name, [clips / f"{name}_{k}.mp4" for k in range(3)])
+    return support
+
+
+# Behind the buttons
+
+@pytest.mark.parametrize("name", ["split", "merge", "roll_left"])
+def test_the_right_label(desk, known, clips, name):
+    answer = desk.ask(known, clips / f"{name}_3.mp4")
+    assert answer.prediction.label == name and answer.prediction.video == f"{name}_3.mp4"
+
+
+@pytest.mark.parametrize("file, why", [("notes.txt", "not a readable video"), ("notes.mp4", "not a readable video"), ("enormous.mp4", "too large: 2"), ("long.mp4", "too long: "), ("gone.mp4", "choose it again")])
+def test_refused_by_name_and_without_folders(desk, known, clips, file, why):
+    for call in (lambda: desk.ask(known, clips / file), lambda: desk.learn(known, "wave", [clips / "split_3.mp4", clips / file])):
+        with pytest.raises(FsarError) as e: call()
+        assert str(e.value).startswith(f"{file}: ") and why in str(e.value) and str(clips) not in str(e.value)
+
+
+def test_visitors_do_not_see_one_another(desk, known, clips):
+    other = desk.learn(Support(), "mine", [clips / "split_0.mp4"])
+    assert list(other.counts) == ["mine"] and list(known.counts) == ["split", "merge", "roll_left"] and not desk.recognizer.classes
+
+
+def turned(source: Path, target: Path) -> Path:
+    "The same MP4, its track header asking players for a quarter turn clockwise, as phones write it."
+    data = bytearray(source.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes before the matrix
+    assert struct.unpack(">9i", data[at:at + 36]) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    target.write_bytes(data)
+    return target
+
+
+def test_a_phone_held_upright(desk, clips, tmp_path):
+    "Stored lying, shown upright: a clip turned back before storing, with the turn in its header, is the clip itself."
+    frames = render("roll_left", 3)
+    lying = write_video(tmp_path / "lying.mp4", np.ascontiguousarray(np.rot90(frames, 1, (1, 2))), fps=12)  # counter-clockwise
+    upright = turned(lying, tmp_path / "phone.mp4")
+    seen, info = decode_all(upright)
+    assert info.rotation == 90 and np.abs(seen.astype(int) - frames).mean() < 5
+    assert np.abs(decode_all(lying)[0].astype(int) - frames).mean() > 5
+    ask = lambda path: desk.ask(desk.learn(Support(), "roll_left", [clips / "roll_left_0.mp4"]), path).prediction
+    plain, phone = ask(clips / "roll_left_3.mp4"), ask(upright)
+    assert np.abs(plain.similarity - phone.similarity).max() < 0.05 < np.abs(plain.similarity - ask(lying).similarity).max()
+
+
+def test_hevc(desk, known, clips, tmp_path):
+    try: av.codec.Codec("libx265", "w"), av.codec.Codec("hevc", "r")
+    except av.codec.codec.UnknownCodecError: pytest.skip("this PyAV has no HEVC encoder and decoder")
+    path = tmp_path / "phone.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx265", rate=Fraction(12), options={"x265-params": "log-level=none:pools=1"})
+        stream.height, stream.width, stream.pix_fmt = *render("merge", 3).shape[1:3], "yuv420p"
+        for frame in render("merge", 3): container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert desk.ask(known, path).prediction.label == "merge"
+
+
+@pytest.mark.parametrize("fps, copies", [(12, 1), (30, 3)])
+def test_length(clips, tmp_path, fps, copies):
+    frames = np.repeat(render("split", 0), copies, 0)
+    assert seconds_of(write_video(tmp_path / "v.mp4", frames, fps=fps)) == pytest.approx(len(frames) / fps, abs=0.02)
+    check_upload(tmp_path / "v.mp4", Limits(seconds=len(frames) / fps + 0.1))
+    with pytest.raises(FsarError, match="too long"): check_upload(tmp_path / "v.mp4", Limits(seconds=len(frames) / fps - 0.1))
+
+
+def test_without_gradio():
+    code = "import sys; sys.modules['gradio'] = None\nfrom fsar.page import serve\nfrom fsar.core import FsarError\ntry: serve()\nexcept FsarError as e: print(e)"
+    assert "pip install 'fsar[web]'" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+# Over HTTP
+
+@pytest.fixture(scope="module")
+def site(recognizer):
+    "A page that is served: its address, and the folder where its uploads lie."
+    pytest.importorskip("gradio", reason="the page needs gradio (pip install 'fsar[web]'), which the development tools do not bring")
+    with page.serving(recognizer, max_mb=MAX_MB, max_seconds=MAX_SECONDS) as url:
+        room = Path(os.environ["GRADIO_TEMP_DIR"])
+        yield url, room
+    assert not room.exists()
+
+
+def status(request) -> tuple[int, bytes]:
+    "What a server answers."
+    try:
+        with urllib.request.urlopen(request) as answer: return answer.status, answer.read()
+    except urllib.error.HTTPError as e: return e.code, e.read()
+
+
+def post(url: str, name: str, content: bytes) -> tuple[int, bytes]:
+    "Upload a file under a name of one's choice, past all that a browser would do to it."
+    edge = uuid.uuid4().hex
+    body = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: video/mp4\r\n\r\n'.encode() + content + f"\r\n--{edge}--\r\n".encode()
+    return status(urllib.request.Request(f"{url}gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={edge}"}))
+
+
+@pytest.mark.parametrize("name", ["../../evil.mp4", "../" * 12 + "tmp/evil.mp4", "/tmp/evil.mp4", "..\\\\..\\\\evil.mp4", "%2e%2e%2fevil.mp4", ".."])
+def test_no_name_leads_out_of_the_folder(site, clips, name):
+    url, room = site
+    around = lambda: {p for folder in (room.parent, Path.cwd()) for p in folder.glob("*evil*")}
+    before = around()
+    code, answer = post(url, name, (clips / "split_0.mp4").read_bytes())
+    assert around() == before
+    if code == 200:
+        for path in json.loads(answer): assert Path(path).resolve().is_relative_to(room.resolve()) and Path(path).is_file()
+    else: assert code in (400, 422, 500), (code, answer)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../../etc/passwd", str(Path(page.__file__)), str(Path.cwd() / "settings.ini"), "{room}/../../etc/passwd", "file:///etc/passwd"])
+def test_no_file_of_the_server_is_given_away(site, path):
+    url, room = site
+    code, body = status(f"{url}gradio_api/file={urllib.parse.quote(path.format(room=room))}")
+    assert code in (400, 403, 404) and b"root:" not in body and b"import" not in body
+
+
+def test_an_enormous_upload_is_cut_off(site, clips):
+    url, room = site
+    code, answer = post(url, "enormous.mp4", (clips / "enormous.mp4").read_bytes())
+    assert code == 413 and not list(room.rglob("enormous*"))
+
+
+def test_only_loopback(site):
+    host = urllib.parse.urlsplit(site[0]).hostname
+    assert page.is_loopback(host) and page.warning(host) == "" and "password" in page.warning("0.0.0.0")
