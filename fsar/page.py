@@ -49,17 +49,18 @@ def seconds_of(path: str | Path, timeout: float = 30.0) -> float:
         _, _, end = _scan(path, container, stream, _clock(path, timeout))
         return max(end - (container.start_time or 0) / av.time_base, (container.duration or 0) / av.time_base)
 
-# %% ../nbs/37_page.ipynb #70b7692c
+# %% ../nbs/37_page.ipynb #074d8fc5
 KINDS = "Accepted: a video such as MP4, MOV, WebM, MKV or AVI"
 
 def check_upload(path: str | Path, limits: Limits) -> None:
     "`VideoError` unless the file is a video within the limits."
     path = Path(path)
-    size = path.stat().st_size / 2**20 if path.is_file() else 0
-    if size > limits.mb: raise VideoError(path, f"too large: {size:.0f} MB, and at most {limits.mb:g} MB are accepted. Cut it, or save it at a lower resolution")
+    if not path.is_file(): raise VideoError(path, "it is not here, or not any more: choose it again")
+    size = path.stat().st_size / 2**20
+    if size > limits.mb: raise VideoError(path, f"too large: {size:.3g} MB, and at most {limits.mb:g} MB are accepted. Cut it, or save it at a lower resolution")
     try: seconds = seconds_of(path)
     except VideoError as e: raise VideoError(path, f"{e.reason}. {KINDS}") from e
-    if seconds > limits.seconds: raise VideoError(path, f"too long: {seconds:.0f} s, and at most {limits.seconds:g} s are accepted. Cut out the action itself")
+    if seconds > limits.seconds: raise VideoError(path, f"too long: {seconds:.3g} s, and at most {limits.seconds:g} s are accepted. Cut out the action itself")
 
 # %% ../nbs/37_page.ipynb #e6427ee2
 @contextlib.contextmanager
