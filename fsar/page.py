@@ -267,13 +267,13 @@ class Buttons:
         try: return answer_html(self.desk.ask(state, video))
         except FsarError as e: return told(str(e), error=True)
 
-# %% ../nbs/37_page.ipynb #ee3cf50a
+# %% ../nbs/37_page.ipynb #0c2cc41d
 VIDEOS = ["video", *sorted(VIDEO_EXTENSIONS)]  # what a file chooser offers; on a phone also its camera
 
 def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
     "The parts where classes are shown."
     gr.HTML(f"<h2>1. Show examples</h2><p>A few short videos of each class, up to {limits.mb:g} MB and {limits.seconds:g} s each.</p>")
-    parts = {"name": gr.Textbox(label="Name of the class", placeholder="wave", max_lines=1), "files": gr.File(label="Videos of this class", file_count="multiple", file_types=VIDEOS, height=150)}
+    parts = {"name": gr.Textbox(label="Name of the class", placeholder="wave", max_lines=1), "files": gr.File(label="Videos of this class", file_count="multiple", file_types=VIDEOS, height=150, elem_id="fsar-files")}
     with gr.Accordion("Or record one with the camera", open=False):
         parts["recorded"] = gr.Video(label="Recorded example", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False), include_audio=False, height=240)
     parts["more"] = gr.Checkbox(label="More examples of a known class", value=False)
@@ -287,7 +287,7 @@ def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
 def _asking(gr: ModuleType, query: Path) -> dict[str, Any]:
     "The parts where a video is asked about."
     gr.HTML("<h2>2. Ask</h2><p>Which of the known classes does this video show?</p>")
-    return {"query": gr.Video(str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), height=300),
+    return {"query": gr.Video(str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), height=300, elem_id="fsar-query"),
             "ask": gr.Button("Recognise", variant="primary"), "answer": gr.HTML("", elem_id="fsar-answer", min_height=40)}
 
 # %% ../nbs/37_page.ipynb #5453ccf9

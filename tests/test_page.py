@@ -178,3 +178,192 @@ def test_an_enormous_upload_is_cut_off(site, clips):
 def test_only_loopback(site):
     host = urllib.parse.urlsplit(site[0]).hostname
     assert page.is_loopback(host) and page.warning(host) == "" and "password" in page.warning("0.0.0.0")
+
+
+def test_a_path_of_the_server_is_no_upload(site):
+    "A request that names a file instead of uploading it: refused before any of our functions sees it."
+    url, _ = site
+    config = json.loads(status(f"{url}config")[1])
+    ask = next(d for d in config["dependencies"] if len(d["inputs"]) == 2 and len(d["outputs"]) == 1)
+    session, file = uuid.uuid4().hex, {"path": str(Path(page.__file__)), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [None, file], "fn_index": ask["id"], "session_hash": session}).encode()
+    assert status(urllib.request.Request(f"{url}gradio_api/queue/join", body, {"Content-Type": "application/json"}))[0] == 200
+    with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=30) as events:
+        done = next(json.loads(line[5:]) for line in events if b"process_completed" in line)
+    assert done["success"] is False and page.__file__ not in json.dumps(done["output"])
+
+
+# In a browser
+
+@pytest.fixture(scope="module")
+def browser(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by Playwright, which the development tools do not bring")
+    if not CHROMIUM: pytest.skip("the page is driven in Chromium, which is not installed")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=[*flags, "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, site, tmp_path):
+    "Opens the page in a window of some kind; afterwards nothing but loopback may have been asked for. Pictures go to $FSAR_SCREENSHOTS, or nowhere that stays."
+    asked, faults, contexts = [], [], []
+    shots = Path(os.environ.get("FSAR_SCREENSHOTS") or tmp_path)
+
+    def go(**window):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "permissions": ["camera", "microphone"]} | window)
+        contexts.append(context)
+        context.route("**/*", lambda route: (asked.append(route.request.url), route.continue_()))
+        window = context.new_page()
+        window.on("pageerror", lambda e: faults.append(str(e)))
+        window.set_default_timeout(30_000)
+        window.goto(site[0])
+        window.get_by_role("button", name="Recognise").wait_for()
+        window.shot = lambda name: window.screenshot(path=shots / f"{name}.png", full_page=True)
+        return window
+
+    yield go
+    for context in contexts: context.close()
+    hosts = {urllib.parse.urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))}
+    assert hosts and all(map(page.is_loopback, hosts)), hosts
+    assert not faults
+
+
+ANSWER, SAID = "#fsar-answer", "#fsar-said"
+
+
+def says(window, place, text): window.locator(place).get_by_text(text).first.wait_for()
+
+
+def teach(window, name, files):
+    "Fill in a class and press Learn."
+    window.get_by_label("Name of the class").fill(name)
+    window.locator("#fsar-files input[type=file]").set_input_files(files)
+    window.locator("#fsar-files").get_by_text(Path(files[-1]).stem).first.wait_for()
+    window.get_by_role("button", name="Learn", exact=True).click()
+
+
+def query(window, file):
+    "Choose another video to recognise."
+    box = window.locator("#fsar-query")
+    if box.get_by_label("Clear").count(): box.get_by_label("Clear").first.click()
+    box.locator("input[type=file]").set_input_files(file)
+
+
+def test_first_click(visit):
+    window = visit()
+    window.get_by_role("button", name="Recognise").click()
+    says(window, ANSWER, page.EXAMPLE[0])
+    window.shot("first")
+    texts = window.locator(f"{ANSWER} img").evaluate_all("found => found.map(i => [i.alt, i.naturalWidth])")
+    assert len(texts) == 3 and all(alt and width > 100 for alt, width in texts)
+    assert window.title().startswith("fsar") and window.locator("html").get_attribute("lang")
+
+
+def test_own_examples(visit, clips):
+    window = visit()
+    window.get_by_role("button", name="Forget all").click()
+    says(window, "#fsar-table", "No class is known yet")
+    for name in ("split", "merge", "roll_left"):
+        teach(window, name, [clips / f"{name}_{k}.mp4" for k in range(3)])
+        says(window, SAID, f"Learned '{name}' from 3 videos")
+    query(window, clips / "merge_3.mp4")
+    window.locator("#fsar-query video").wait_for()
+    window.get_by_role("button", name="Recognise").click()
+    says(window, ".fsar-verdict", "merge")
+    window.shot("own")
+    assert window.locator(".fsar-verdict strong").inner_text() == "merge" and "merge_3.mp4" in window.locator(".fsar-verdict").inner_text()
+    teach(window, "merge", [clips / "merge_3.mp4"])
+    says(window, SAID, "known already")
+    teach(window, "", [clips / "merge_3.mp4"])
+    says(window, SAID, "has no name")
+
+
+def test_refusals(visit, clips):
+    window = visit()
+    teach(window, "wave", [clips / "notes.mp4"])
+    says(window, SAID, "notes.mp4: not a readable video")
+    window.shot("refused")
+    window.locator("#fsar-files").get_by_label("Clear").first.click()
+    teach(window, "wave", [clips / "long.mp4"])
+    says(window, SAID, "long.mp4: too long")
+    window.locator("#fsar-files").get_by_label("Clear").first.click()
+    for name, why in (("notes.txt", "Invalid file type"), ("enormous.mp4", "maximum allowed size")):
+        window.locator("#fsar-files input[type=file]").set_input_files(clips / name)
+        window.get_by_text(why).first.wait_for()
+        window.shot(f"refused_{name}")
+
+
+def test_phone(visit):
+    window = visit(viewport={"width": 360, "height": 740}, device_scale_factor=2, is_mobile=True, has_touch=True)
+    window.get_by_role("button", name="Recognise").tap()
+    says(window, ".fsar-verdict", page.EXAMPLE[0])
+    window.shot("phone")
+    assert window.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+CONTRAST = """() => {
+  const numbers = c => c.match(/[\\d.]+/g).map(Number), light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b };
+  const over = (top, below) => { const a = top[3] ?? 1; return [0, 1, 2].map(k => a * top[k] + (1 - a) * below[k]) };
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = c => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255] };
+  const below = e => { const stack = []; for (; e; e = e.parentElement) stack.push(rgba(getComputedStyle(e).backgroundColor)); return stack.reverse().reduce((b, t) => over(t, b), [255, 255, 255]) };
+  const own = e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+  const shown = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true}) && e.getBoundingClientRect().width > 1 && !e.closest("[disabled]");
+  return [...document.body.querySelectorAll("*")].filter(e => own(e) && shown(e) && !["SCRIPT", "STYLE"].includes(e.tagName)).map(e => {
+    const back = below(e), front = over(rgba(getComputedStyle(e).color), back), [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+    return [(a + .05) / (b + .05), e.tagName, e.textContent.trim().slice(0, 40), getComputedStyle(e).color, back.map(Math.round).join(" ")] }) }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(visit, scheme, clips):
+    "All text that is seen stands out from what is behind it, by WCAG's 4.5, errors and answers included."
+    window = visit(color_scheme=scheme)
+    window.get_by_role("button", name="Recognise").click()
+    says(window, ".fsar-verdict", page.EXAMPLE[0])
+    window.get_by_role("button", name="Learn", exact=True).click()
+    says(window, SAID, "has no name")
+    window.mouse.move(0, 0)
+    window.wait_for_timeout(500)  # colours move for a moment
+    window.shot(scheme)
+    found = window.evaluate(CONTRAST)
+    assert len(found) > 30 and not [row for row in found if row[0] < 4.5]
+
+
+UNNAMED = """() => [...document.querySelectorAll("input, select, textarea, button, video")].filter(e => e.checkVisibility({visibilityProperty: true}) && e.type != "hidden").filter(e =>
+  !(e.labels && [...e.labels].some(l => l.textContent.trim())) && !e.getAttribute("aria-label") && !e.getAttribute("aria-labelledby") && !e.title && !(e.tagName == "BUTTON" && e.textContent.trim())).map(e => e.outerHTML.slice(0, 200))"""
+
+
+def test_labels_and_keyboard(visit):
+    "Every control has a name, all are reached by Tab in the order of reading, and the page works without a mouse."
+    window = visit()
+    assert window.evaluate(UNNAMED) == []
+    assert window.locator(f"{SAID}[aria-live=polite]").count() == 1 and window.locator(f"{ANSWER}[aria-live=polite]").count() == 1
+    order = []
+    for _ in range(60):
+        window.keyboard.press("Tab")
+        order.append(window.evaluate("(e => (e.labels?.[0]?.textContent || e.getAttribute('aria-label') || e.textContent || '').trim())(document.activeElement)"))
+    wanted = ["Name of the class", "Learn", "Class to forget", "Forget this class", "Forget all", "Load the example", "Recognise"]
+    places = [next((k for k, seen in enumerate(order) if seen == name), -1) for name in wanted]
+    assert -1 not in places and places == sorted(places), order
+    window.get_by_role("button", name="Recognise").focus()
+    window.keyboard.press("Enter")
+    says(window, ".fsar-verdict", page.EXAMPLE[0])
+
+
+def test_a_recorded_video(visit):
+    "From the camera (the browser's own test picture) to an answer."
+    window = visit()
+    box = window.locator("#fsar-query")
+    box.get_by_label("Clear").first.click()
+    box.get_by_role("button", name="webcam").first.click()
+    box.get_by_text("Click to Access Webcam").click()
+    box.get_by_role("button", name="start recording").click()
+    window.wait_for_timeout(1500)
+    box.get_by_role("button", name="stop recording").click()
+    box.locator("video[src]").wait_for()
+    window.get_by_role("button", name="Recognise").click()
+    window.locator(".fsar-verdict").wait_for()
+    window.shot("recorded")
