@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'CSS', 'EXAMPLE', 'VIDEOS', 'SPOKEN', 'QUIET', 'Limits', 'seconds_of', 'check_upload', 'by_name', 'Desk',
            'learn', 'Answer', 'chosen_frames', 'ask', 'picture_tag', 'strip_of', 'matrix_of', 'pairs_of', 'verdict',
            'bars', 'answer_html', 'example', 'gradio', 'known_html', 'told', 'Buttons', 'page', 'is_loopback',
-           'warning', 'environment', 'serving', 'serve']
+           'warning', 'environment', 'look', 'serving', 'serve']
 
 # %% ../nbs/37_page.ipynb #04ae650f
 import base64, contextlib, copy, html, io, ipaddress, os, signal, sys, tempfile, threading
@@ -200,15 +200,19 @@ def answer_html(answer: Answer) -> str:
     matrix = f'<figure class="fsar-matrix">{picture_tag(matrix_of(p), "Similarity matrix. " + caption)}<figcaption>{caption}</figcaption></figure>'
     return f'<div class="fsar-answer"><p class="fsar-verdict">{verdict(p)}</p>{bars(p)}{_strips(answer)}{matrix}</div>'
 
-# %% ../nbs/37_page.ipynb #a8fd5a90
+# %% ../nbs/37_page.ipynb #26ee9985
 CSS = """
 .fsar-verdict { font-size: 1.35rem; margin: 0 0 .6rem }
 .fsar-answer figure { margin: .9rem 0 } .fsar-answer img { max-width: 100%; height: auto; background: #fff }
 .fsar-answer figcaption, .fsar-answer caption, .fsar-known caption { text-align: left; font-size: .95rem; padding: .2rem 0 }
 .fsar-matrix img { width: 22rem }
-.fsar-bars, .fsar-known { border-collapse: collapse; width: 100%; max-width: 42rem } .fsar-bars th, .fsar-known th { text-align: left; font-weight: 600 }
-.fsar-bars th, .fsar-bars td, .fsar-known th, .fsar-known td { padding: .2rem .6rem .2rem 0; overflow-wrap: anywhere } .fsar-bars td:nth-child(2) { width: 60% } .fsar-bars td:last-child { white-space: nowrap }
-.fsar-bar { display: inline-block; height: .8rem; min-width: 2px; background: BLUE }
+.fsar-bars, .fsar-known { border-collapse: collapse; width: 100%; max-width: 42rem }
+.fsar-bars tr > *, .fsar-known tr > * { border: 0 !important; padding: .2rem .8rem .2rem 0 !important; text-align: left; overflow-wrap: break-word }
+.fsar-bars td:nth-child(2) { width: 55% } .fsar-bars td:last-child { white-space: nowrap }
+.fsar-bar { display: inline-block; height: .8rem; min-width: 2px; background: BLUE; vertical-align: middle }
+.or { color: inherit !important }
+#fsar-query video, #fsar-recorded video { max-height: 16rem }
+#fsar-query button[aria-label^="Trim"], #fsar-query button[aria-label^="Reset"], #fsar-recorded button[aria-label^="Trim"], #fsar-recorded button[aria-label^="Reset"] { display: none }
 """.replace("BLUE", BLUE)
 
 # %% ../nbs/37_page.ipynb #132398c8
@@ -267,7 +271,7 @@ class Buttons:
         try: return answer_html(self.desk.ask(state, video))
         except FsarError as e: return told(str(e), error=True)
 
-# %% ../nbs/37_page.ipynb #0c2cc41d
+# %% ../nbs/37_page.ipynb #78459fc8
 VIDEOS = ["video", *sorted(VIDEO_EXTENSIONS)]  # what a file chooser offers; on a phone also its camera
 
 def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
@@ -275,7 +279,7 @@ def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
     gr.HTML(f"<h2>1. Show examples</h2><p>A few short videos of each class, up to {limits.mb:g} MB and {limits.seconds:g} s each.</p>")
     parts = {"name": gr.Textbox(label="Name of the class", placeholder="wave", max_lines=1), "files": gr.File(label="Videos of this class", file_count="multiple", file_types=VIDEOS, height=150, elem_id="fsar-files")}
     with gr.Accordion("Or record one with the camera", open=False):
-        parts["recorded"] = gr.Video(label="Recorded example", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False), include_audio=False, height=240)
+        parts["recorded"] = gr.Video(label="Recorded example", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False), elem_id="fsar-recorded")
     parts["more"] = gr.Checkbox(label="More examples of a known class", value=False)
     parts["learn"] = gr.Button("Learn", variant="primary")
     parts["said"] = gr.HTML(told("An example is loaded: press Recognise, or forget all and show your own."), elem_id="fsar-said")
@@ -287,10 +291,10 @@ def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
 def _asking(gr: ModuleType, query: Path) -> dict[str, Any]:
     "The parts where a video is asked about."
     gr.HTML("<h2>2. Ask</h2><p>Which of the known classes does this video show?</p>")
-    return {"query": gr.Video(str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), height=300, elem_id="fsar-query"),
+    return {"query": gr.Video(lambda: str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), elem_id="fsar-query"),
             "ask": gr.Button("Recognise", variant="primary"), "answer": gr.HTML("", elem_id="fsar-answer", min_height=40)}
 
-# %% ../nbs/37_page.ipynb #5453ccf9
+# %% ../nbs/37_page.ipynb #9acf42ae
 def _connect(parts: dict[str, Any], state: Any, b: Buttons) -> None:
     "Buttons to functions. The model works for one visitor at a time."
     one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
@@ -304,17 +308,17 @@ def _connect(parts: dict[str, Any], state: Any, b: Buttons) -> None:
     parts["ask"].click(b.ask, [state, parts["query"]], parts["answer"], **one)
 
 def page(model: str | FewShotRecognizer = "molo-motions-mini",  # see FewShotRecognizer.from_pretrained
-         *, max_mb: float = 64, max_seconds: float = 60, device: str = "auto", folder: str | Path | None = None,  # for the example's clips; None: a temporary one
-         ) -> "Blocks":
+         *, max_mb: float = 64, max_seconds: float = 60, keep: int = 3600,  # seconds after which uploads, and what was learned, are forgotten
+         device: str = "auto") -> "Blocks":
     "The page, for `serve` or to be mounted in another; uploads go where Gradio keeps them ($GRADIO_TEMP_DIR)."
     gr = gradio()
     desk = Desk(model if isinstance(model, FewShotRecognizer) else FewShotRecognizer.from_pretrained(model, device=device), Limits(max_mb, max_seconds))
-    blocks = gr.Blocks(title="fsar: few-shot action recognition", analytics_enabled=False, delete_cache=(60, 3600))
-    blocks.room = tempfile.TemporaryDirectory(prefix="fsar-example-") if folder is None else None
-    shown = desk.example(Path(folder or blocks.room.name))
+    blocks = gr.Blocks(title="fsar: few-shot action recognition", analytics_enabled=False, delete_cache=(max(1, min(60, keep // 2)), keep))
+    blocks.own = tempfile.TemporaryDirectory(prefix="fsar-example-")  # goes with the page
+    shown = desk.example(Path(blocks.own.name))
     with blocks:
-        gr.HTML("<h1>Name the action</h1><p>Nothing is trained here: a class is known by the examples that you show. Videos stay on this machine and are deleted after an hour at most.</p>")
-        state = gr.State(shown[0], time_to_live=3600)
+        gr.HTML("<h1>Name the action</h1><p>Nothing is trained here: a class is known by the examples that you show. Videos go to the machine that serves this page, and are deleted from it after " f"{keep / 60:.3g} minutes.</p>")
+        state = gr.State(shown[0], time_to_live=keep)
         with gr.Row():
             with gr.Column(): parts = _teaching(gr, shown[0], desk.limits)
             with gr.Column(): parts |= _asking(gr, shown[1])
@@ -333,7 +337,7 @@ def warning(host: str) -> str:
     return (f"the page listens on {host}, without a password and unencrypted: whoever reaches this machine can use it and its processor. "
             "Put a server with a password and HTTPS in front of it; without HTTPS, browsers do not record from a camera")
 
-# %% ../nbs/37_page.ipynb #1628e341
+# %% ../nbs/37_page.ipynb #7a8e82fc
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
     "Inside, the process's environment has these values; afterwards those from before."
@@ -343,20 +347,32 @@ def environment(**values: str) -> Iterator[None]:
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.update({k: v})
 
-SPOKEN = """() => { for (const id of ["fsar-said", "fsar-answer"]) { const part = document.getElementById(id); part.setAttribute("role", "status"); part.setAttribute("aria-live", "polite"); } }"""  # screen readers say what changes
+# %% ../nbs/37_page.ipynb #bb438afd
+def look(gr: ModuleType) -> Any:
+    "Gradio's theme with the machine's own fonts, and buttons dark enough for the white text on them."
+    fill = {f"button_primary_background_fill{state}{mode}": colour for mode in ("", "_dark") for state, colour in (("", "*primary_700"), ("_hover", "*primary_800"))}
+    quiet = {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
+    return gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**fill, **quiet)
 
+SPOKEN = """() => {
+  for (const id of ["fsar-said", "fsar-answer"]) { const part = document.getElementById(id); part.setAttribute("role", "status"); part.setAttribute("aria-live", "polite"); }
+  const name = () => document.querySelectorAll("video:not([aria-label])").forEach(v => v.setAttribute("aria-label", v.closest("#fsar-query") ? "Video to recognise" : "Recorded example"));
+  name(); new MutationObserver(name).observe(document.body, {childList: true, subtree: true}); }"""  # screen readers say what changes, and what a video is
+
+# %% ../nbs/37_page.ipynb #cb24a3aa
 @contextlib.contextmanager
 def serving(model: str | FewShotRecognizer = "molo-motions-mini", *, host: str = "127.0.0.1", port: int = 0,  # 0: the first free one from 7860
-            max_mb: float = 64, max_seconds: float = 60, device: str = "auto") -> Iterator[str]:  # the page's address
+            max_mb: float = 64, max_seconds: float = 60, keep: int = 3600, device: str = "auto") -> Iterator[str]:  # the page's address
     "Inside, the page is there; afterwards it is gone, and all that was uploaded. `FsarError` when the port is taken."
     gr = gradio()
     with tempfile.TemporaryDirectory(prefix="fsar-page-") as room, environment(GRADIO_TEMP_DIR=room, GRADIO_ANALYTICS_ENABLED="False"):
-        blocks = page(model, max_mb=max_mb, max_seconds=max_seconds, device=device, folder=room)
-        theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-        try: _, url, _ = blocks.launch(server_name=host, server_port=port or None, max_file_size=int(max_mb * 2**20), theme=theme, css=CSS, js=SPOKEN, **QUIET)
+        blocks = page(model, max_mb=max_mb, max_seconds=max_seconds, keep=keep, device=device)
+        try: _, url, _ = blocks.launch(server_name=host, server_port=port or None, max_file_size=int(max_mb * 2**20), theme=look(gr), css=CSS, js=SPOKEN, **QUIET)
         except OSError as e: raise FsarError(f"cannot serve the page on {host}, port {port or 'any from 7860'}: {e}. Name another with port=, 0 takes the first free one") from e
         try: yield url
-        finally: blocks.close(verbose=False)
+        finally:
+            blocks.close(verbose=False)
+            blocks.own.cleanup()
 
 QUIET: dict[str, Any] = dict(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False, footer_links=[])
 

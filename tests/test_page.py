@@ -133,6 +133,7 @@ def site(recognizer):
     with page.serving(recognizer, max_mb=MAX_MB, max_seconds=MAX_SECONDS) as url:
         room = Path(os.environ["GRADIO_TEMP_DIR"])
         yield url, room
+        assert list(room.rglob("*.mp4"))
     assert not room.exists()
 
 
@@ -358,7 +359,7 @@ def test_a_recorded_video(visit):
     window = visit()
     box = window.locator("#fsar-query")
     box.get_by_label("Clear").first.click()
-    box.get_by_role("button", name="webcam").first.click()
+    box.get_by_label("Capture from camera").click()
     box.get_by_text("Click to Access Webcam").click()
     box.get_by_role("button", name="start recording").click()
     window.wait_for_timeout(1500)
