@@ -8,9 +8,9 @@ __all__ = ['KINDS', 'CSS', 'EXAMPLE', 'VIDEOS', 'SPOKEN', 'QUIET', 'Limits', 'se
            'bars', 'answer_html', 'example', 'gradio', 'known_html', 'told', 'Buttons', 'page', 'is_loopback',
            'warning', 'environment', 'look', 'serving', 'serve']
 
-# %% ../nbs/37_page.ipynb #04ae650f
+# %% ../nbs/37_page.ipynb #4b3191cf
 import base64, contextlib, copy, html, io, ipaddress, os, signal, sys, tempfile, threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -294,7 +294,7 @@ def _asking(gr: ModuleType, query: Path) -> dict[str, Any]:
     return {"query": gr.Video(lambda: str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), elem_id="fsar-query"),
             "ask": gr.Button("Recognise", variant="primary"), "answer": gr.HTML("", elem_id="fsar-answer", min_height=40)}
 
-# %% ../nbs/37_page.ipynb #9acf42ae
+# %% ../nbs/37_page.ipynb #f1616b7d
 def _connect(parts: dict[str, Any], state: Any, b: Buttons) -> None:
     "Buttons to functions. The model works for one visitor at a time."
     one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
@@ -312,6 +312,7 @@ def page(model: str | FewShotRecognizer = "molo-motions-mini",  # see FewShotRec
          device: str = "auto") -> "Blocks":
     "The page, for `serve` or to be mounted in another; uploads go where Gradio keeps them ($GRADIO_TEMP_DIR)."
     gr = gradio()
+    if keep < 1: raise FsarError(f"keep is at least 1 second, not {keep}")
     desk = Desk(model if isinstance(model, FewShotRecognizer) else FewShotRecognizer.from_pretrained(model, device=device), Limits(max_mb, max_seconds))
     blocks = gr.Blocks(title="fsar: few-shot action recognition", analytics_enabled=False, delete_cache=(max(1, min(60, keep // 2)), keep))
     blocks.own = tempfile.TemporaryDirectory(prefix="fsar-example-")  # goes with the page
@@ -376,13 +377,13 @@ def serving(model: str | FewShotRecognizer = "molo-motions-mini", *, host: str =
 
 QUIET: dict[str, Any] = dict(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False, footer_links=[])
 
-# %% ../nbs/37_page.ipynb #fda2bfbe
-def serve(model: str = "molo-motions-mini", *, host: str = "127.0.0.1", port: int = 0, max_mb: float = 64, max_seconds: float = 60, device: str = "auto",
-          ready: Any = None) -> None:  # called with the address once the page is there; None prints it
+# %% ../nbs/37_page.ipynb #a950a43b
+def serve(model: str = "molo-motions-mini", *, host: str = "127.0.0.1", port: int = 0, max_mb: float = 64, max_seconds: float = 60, keep: int = 3600, device: str = "auto",
+          ready: Callable[[str], Any] | None = None) -> None:  # called with the address once the page is there; None prints it
     "Show the page until Ctrl-C, or until the process is asked to end."
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if text := warning(host): print(f"fsar: warning: {text}", file=sys.stderr)
-    with serving(model, host=host, port=port, max_mb=max_mb, max_seconds=max_seconds, device=device) as url:
+    with serving(model, host=host, port=port, max_mb=max_mb, max_seconds=max_seconds, keep=keep, device=device) as url:
         (ready or (lambda url: print(f"the page is at {url} (Ctrl-C ends it)", flush=True)))(url)
         with contextlib.suppress(KeyboardInterrupt): stop.wait()

@@ -2,9 +2,11 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -368,3 +370,41 @@ def test_a_recorded_video(visit):
     window.get_by_role("button", name="Recognise").click()
     window.locator(".fsar-verdict").wait_for()
     window.shot("recorded")
+
+
+# From the command line
+
+def ended(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", "import sys; from fsar.cli import main; sys.exit(main())", *words], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_until_stopped_leaves_nothing(site, tmp_path, stop, clips):
+    "The command says where its page is, takes an upload, and when it is stopped its temporary folder is empty."
+    run = subprocess.Popen([sys.executable, "-c", "import sys; from fsar.cli import main; sys.exit(main())", "serve", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        url = json.loads(run.stdout.readline())["url"]
+        assert post(url, "clip.mp4", (clips / "split_0.mp4").read_bytes())[0] == 200 and list(tmp_path.rglob("clip.mp4"))
+        run.send_signal(stop)
+        said = run.communicate(timeout=30)[1]
+    finally: run.kill()
+    assert run.returncode == 0 and "Traceback" not in said and not [p for p in tmp_path.rglob("*") if p.suffix == ".mp4" or p.name.startswith("fsar-")]
+
+
+def test_serve_names_what_is_wrong(site):
+    taken = str(urllib.parse.urlsplit(site[0]).port)
+    for words, why in ((["--port", taken], f"port {taken}"), (["--model", "molo-motion-mini"], "Did you mean 'molo-motions-mini'?"), (["--max-mb", "0"], "mb"), (["--keep", "0"], "keep")):
+        answer = ended("serve", *words)
+        assert answer.returncode == 2 and why in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
+
+
+def test_uploads_end_after_their_time(recognizer, clips):
+    "The page goes on: its example is still there for who comes next."
+    pytest.importorskip("gradio", reason="the page needs gradio (pip install 'fsar[web]')")
+    with page.serving(recognizer, keep=2) as url:
+        room = Path(os.environ["GRADIO_TEMP_DIR"])
+        path = Path(json.loads(post(url, "clip.mp4", (clips / "split_0.mp4").read_bytes())[1])[0])
+        assert path.is_file() and path.is_relative_to(room)
+        deadline = time.monotonic() + 20
+        while path.exists() and time.monotonic() < deadline: time.sleep(0.2)
+        assert not path.exists() and status(url)[0] == 200
