@@ -200,13 +200,14 @@ def answer_html(answer: Answer) -> str:
     matrix = f'<figure class="fsar-matrix">{picture_tag(matrix_of(p), "Similarity matrix. " + caption)}<figcaption>{caption}</figcaption></figure>'
     return f'<div class="fsar-answer"><p class="fsar-verdict">{verdict(p)}</p>{bars(p)}{_strips(answer)}{matrix}</div>'
 
-# %% ../nbs/37_page.ipynb #26ee9985
+# %% ../nbs/37_page.ipynb #d33d0b7c
 CSS = """
 .fsar-verdict { font-size: 1.35rem; margin: 0 0 .6rem }
 .fsar-answer figure { margin: .9rem 0 } .fsar-answer img { max-width: 100%; height: auto; background: #fff }
 .fsar-answer figcaption, .fsar-answer caption, .fsar-known caption { text-align: left; font-size: .95rem; padding: .2rem 0 }
 .fsar-matrix img { width: 22rem }
-.fsar-bars, .fsar-known { border-collapse: collapse; width: 100%; max-width: 42rem }
+.fsar-bars, .fsar-known { border-collapse: collapse; width: 100%; max-width: 42rem; border: 0 !important }
+.fsar-bars tr, .fsar-known tr { border: 0 !important; border-bottom: 1px solid var(--border-color-primary, #ccc) !important }
 .fsar-bars tr > *, .fsar-known tr > * { border: 0 !important; padding: .2rem .8rem .2rem 0 !important; text-align: left; overflow-wrap: break-word }
 .fsar-bars td:nth-child(2) { width: 55% } .fsar-bars td:last-child { white-space: nowrap }
 .fsar-bar { display: inline-block; height: .8rem; min-width: 2px; background: BLUE; vertical-align: middle }
@@ -271,7 +272,7 @@ class Buttons:
         try: return answer_html(self.desk.ask(state, video))
         except FsarError as e: return told(str(e), error=True)
 
-# %% ../nbs/37_page.ipynb #78459fc8
+# %% ../nbs/37_page.ipynb #5e6930a0
 VIDEOS = ["video", *sorted(VIDEO_EXTENSIONS)]  # what a file chooser offers; on a phone also its camera
 
 def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
     parts["said"] = gr.HTML(told("An example is loaded: press Recognise, or forget all and show your own."), elem_id="fsar-said")
     parts["table"] = gr.HTML(known_html(known), elem_id="fsar-table")
     parts["gone"] = gr.Dropdown(choices=list(known.counts), value=None, label="Class to forget")
-    with gr.Row(): parts |= {"forget": gr.Button("Forget this class"), "clear": gr.Button("Forget all"), "example": gr.Button("Load the example")}
+    with gr.Row(): parts |= {"forget": gr.Button("Forget class"), "clear": gr.Button("Forget all"), "example": gr.Button("Load example")}
     return parts
 
 def _asking(gr: ModuleType, query: Path) -> dict[str, Any]:
