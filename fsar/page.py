@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'CSS', 'EXAMPLE', 'VIDEOS', 'SPOKEN', 'QUIET', 'Limits', 'seconds_of', 'check_upload', 'by_name', 'Desk',
            'learn', 'Answer', 'chosen_frames', 'ask', 'picture_tag', 'strip_of', 'matrix_of', 'pairs_of', 'verdict',
-           'bars', 'answer_html', 'example', 'gradio', 'known_html', 'told', 'Buttons', 'page', 'is_loopback',
-           'warning', 'environment', 'look', 'serving', 'serve']
+           'bars', 'answer_html', 'example', 'gradio', 'known_html', 'told', 'Buttons', 'camera', 'page', 'is_loopback',
+           'warning', 'environment', 'look', 'serving', 'asked_to_end', 'serve']
 
 # %% ../nbs/37_page.ipynb #4b3191cf
 import base64, contextlib, copy, html, io, ipaddress, os, signal, sys, tempfile, threading
@@ -169,7 +169,7 @@ def pairs_of(prediction: Prediction) -> str:
     "The alignment in words: for each frame of the query the example's frame that counts most."
     return ", ".join(f"{q + 1} with {row.argmax() + 1}" for q, row in enumerate(prediction.alignment) if row.max() > 0)
 
-# %% ../nbs/37_page.ipynb #736682e1
+# %% ../nbs/37_page.ipynb #0ade4bbe
 def verdict(prediction: Prediction) -> str:
     "The answer in a sentence, as HTML."
     p, say = prediction, html.escape
@@ -181,7 +181,7 @@ def bars(prediction: Prediction) -> str:
     row = '<tr><th scope="row">{}</th><td><span class="fsar-bar" style="width:{:.1f}%"></span></td><td>{:.0f} %</td></tr>'
     rows = "".join(row.format(html.escape(name), 100 * v, 100 * v) for name, v in prediction.probabilities.items())
     note = "" if prediction.calibrated else " (on the method's own scale: this model is not calibrated, and never says “none of these”)"
-    return f'<table class="fsar-bars"><caption>Probabilities{note}</caption><tbody>{rows}</tbody></table>'
+    return f'<table class="fsar-bars"><caption>Probabilities among the known classes{note}</caption><tbody>{rows}</tbody></table>'
 
 # %% ../nbs/37_page.ipynb #eb9b3ac3
 def _strips(answer: Answer) -> str:
@@ -272,15 +272,19 @@ class Buttons:
         try: return answer_html(self.desk.ask(state, video))
         except FsarError as e: return told(str(e), error=True)
 
-# %% ../nbs/37_page.ipynb #5e6930a0
+# %% ../nbs/37_page.ipynb #a4c522e9
 VIDEOS = ["video", *sorted(VIDEO_EXTENSIONS)]  # what a file chooser offers; on a phone also its camera
+
+def camera(gr: ModuleType) -> Any:
+    "How a browser records: not mirrored, which would turn left into right, and no larger than a model needs."
+    return gr.WebcamOptions(mirror=False, constraints={"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}})
 
 def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
     "The parts where classes are shown."
     gr.HTML(f"<h2>1. Show examples</h2><p>A few short videos of each class, up to {limits.mb:g} MB and {limits.seconds:g} s each.</p>")
     parts = {"name": gr.Textbox(label="Name of the class", placeholder="wave", max_lines=1), "files": gr.File(label="Videos of this class", file_count="multiple", file_types=VIDEOS, height=150, elem_id="fsar-files")}
     with gr.Accordion("Or record one with the camera", open=False):
-        parts["recorded"] = gr.Video(label="Recorded example", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False), elem_id="fsar-recorded")
+        parts["recorded"] = gr.Video(label="Recorded example", sources=["webcam"], webcam_options=camera(gr), elem_id="fsar-recorded")
     parts["more"] = gr.Checkbox(label="More examples of a known class", value=False)
     parts["learn"] = gr.Button("Learn", variant="primary")
     parts["said"] = gr.HTML(told("An example is loaded: press Recognise, or forget all and show your own."), elem_id="fsar-said")
@@ -292,7 +296,7 @@ def _teaching(gr: ModuleType, known: Support, limits: Limits) -> dict[str, Any]:
 def _asking(gr: ModuleType, query: Path) -> dict[str, Any]:
     "The parts where a video is asked about."
     gr.HTML("<h2>2. Ask</h2><p>Which of the known classes does this video show?</p>")
-    return {"query": gr.Video(lambda: str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=gr.WebcamOptions(mirror=False), elem_id="fsar-query"),
+    return {"query": gr.Video(lambda: str(query), label="Video to recognise", sources=["upload", "webcam"], webcam_options=camera(gr), elem_id="fsar-query"),
             "ask": gr.Button("Recognise", variant="primary"), "answer": gr.HTML("", elem_id="fsar-answer", min_height=40)}
 
 # %% ../nbs/37_page.ipynb #f1616b7d
@@ -378,13 +382,20 @@ def serving(model: str | FewShotRecognizer = "molo-motions-mini", *, host: str =
 
 QUIET: dict[str, Any] = dict(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False, footer_links=[])
 
-# %% ../nbs/37_page.ipynb #a950a43b
+# %% ../nbs/37_page.ipynb #64e7d73b
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[threading.Event]:
+    "Inside, SIGTERM sets the event instead of ending the process at once, so that what was uploaded is deleted."
+    stop, main = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set()) if main else None
+    try: yield stop
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
+
 def serve(model: str = "molo-motions-mini", *, host: str = "127.0.0.1", port: int = 0, max_mb: float = 64, max_seconds: float = 60, keep: int = 3600, device: str = "auto",
           ready: Callable[[str], Any] | None = None) -> None:  # called with the address once the page is there; None prints it
-    "Show the page until Ctrl-C, or until the process is asked to end."
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    "Show the page until Ctrl-C, or until the process is asked to end; see `serving`."
     if text := warning(host): print(f"fsar: warning: {text}", file=sys.stderr)
-    with serving(model, host=host, port=port, max_mb=max_mb, max_seconds=max_seconds, keep=keep, device=device) as url:
+    with asked_to_end() as stop, serving(model, host=host, port=port, max_mb=max_mb, max_seconds=max_seconds, keep=keep, device=device) as url:
         (ready or (lambda url: print(f"the page is at {url} (Ctrl-C ends it)", flush=True)))(url)
         with contextlib.suppress(KeyboardInterrupt): stop.wait()

@@ -365,12 +365,13 @@ def test_a_recorded_video(visit):
     box.get_by_label("Capture from camera").click()
     box.get_by_text("Click to Access Webcam").click()
     box.get_by_role("button", name="start recording").click()
-    window.wait_for_timeout(1500)
+    window.wait_for_timeout(3000)
     box.get_by_text("Stop").click()  # Gradio's button keeps its name
-    box.locator("video[src]").wait_for()
+    box.locator("video[src*='.webm'], video[src*='.mp4']").wait_for()
     window.get_by_role("button", name="Recognise").click()
-    window.locator(".fsar-verdict").wait_for()
+    window.locator(f"{ANSWER} p").first.wait_for()
     window.shot("recorded")
+    assert window.locator(".fsar-verdict").count(), window.locator(ANSWER).inner_text()
 
 
 # From the command line
