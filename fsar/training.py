@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'T', 'SELECTION', 'constant', 'cosine', 'step_decay', 'learning_rate', 'make_optimizer',
            'choose_device', 'choose_precision', 'leave', 'processes', 'first', 'agree', 'Traces', 'task', 'together',
-           'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'StepCost', 'noise', 'step_cost', 'MetricsLog',
-           'tensorboard', 'Journal', 'Progress', 'training_settings', 'seen', 'differing_settings', 'is_due',
-           'run_validation', 'save_evidence', 'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
+           'Run', 'prepare_run', 'run_task', 'NonFinite', 'run_step', 'MetricsLog', 'tensorboard', 'Journal',
+           'Progress', 'training_settings', 'seen', 'differing_settings', 'is_due', 'run_validation', 'save_evidence',
+           'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
 
 # %% ../nbs/32_training.ipynb #ecf2e2f0
-import contextlib, csv, datetime, gc, json, math, multiprocessing, os, subprocess, sys, time
+import contextlib, csv, datetime, gc, math, multiprocessing, os, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,10 +29,10 @@ from torch.utils.data import Dataset
 from .backbones import channels_last
 from .checkpoints import atomic_folder, read_state, restore_state, save_model, save_state, tensor_bytes, trained_on
 from .config import NEUTRAL, Config
-from .core import FsarError, Registry, atomic_path, extend, keep_freed_memory, launched, peak_resident, torch_seed, track, write_json, writing
+from .core import FsarError, Registry, atomic_path, extend, keep_freed_memory, launched, torch_seed, track, write_json, writing
 from .episodes import EpisodeBatch, episode_loader
 from .evaluation import Result, everyones, world
-from .model import FewShotModel, create_model
+from .model import FewShotModel
 
 # %% ../nbs/32_training.ipynb #cd530d47
 SCHEDULES: Registry[Callable[[float], float]] = Registry("schedule")
@@ -290,47 +290,6 @@ def run_step(run: Run, batches: Iterator[EpisodeBatch],  # this process's episod
     if not math.isfinite(norm): raise NonFinite(step, sorted(indices), {"gradient_norm": norm})
     run.optimizer.step()
     return {"lr": rate, **{name: sum(column) / len(column) for name, column in zip(rows[0], zip(*table))}, "gradient_norm": norm}
-
-# %% ../nbs/32_training.ipynb #04f0c372
-@dataclass(frozen=True)
-class StepCost:
-    "What a training step takes."
-    peak: int  # bytes: the most that the process held; on a GPU, what its allocator gave out
-    before: int  # bytes: the most before the step, which is the program, the model and the episode
-    seconds: float  # of the last step
-    precision: str
-
-def noise(config: Config, frames: int) -> EpisodeBatch:
-    "An episode of the configuration's shape, made of noise."
-    with torch_seed(config.seed):
-        support, query = (torch.randint(0, 256, (config.ways * n, frames, 3, config.size, config.size), dtype=torch.uint8) for n in (config.shots, config.queries))
-    ways = torch.arange(config.ways)
-    return EpisodeBatch(support, ways.repeat_interleave(config.shots), query, ways.repeat_interleave(config.queries), ways, 0)
-
-# %% ../nbs/32_training.ipynb #0ec4b4c6
-def step_cost(config: Config, *, classes: int = 64,  # of the base classes
-              steps: int = 2  # the optimiser makes its own tensors in the first
-              ) -> StepCost:
-    "Memory and time of a training step under `config`, its data apart, measured in a new process; `FsarError` when that one ends without an answer."
-    request = {"config": config.to_dict(), "classes": classes, "steps": steps, "threads": torch.get_num_threads()}
-    program = "import json, sys; from fsar.training import _cost; print(json.dumps(_cost(**json.load(sys.stdin))))"
-    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(request), capture_output=True, text=True)
-    if done.returncode: raise FsarError(f"the step that was to be measured ended with {done.returncode} (−9: killed, as the system does when memory is full): {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return StepCost(**json.loads(done.stdout.splitlines()[-1]))
-
-def _cost(config: Mapping[str, Any], classes: int, steps: int, threads: int) -> dict[str, Any]:
-    "What `step_cost` asks of its process."
-    torch.set_num_threads(threads)
-    c = Config.from_dict(config)
-    keep_freed_memory(scarce=c.recompute)
-    model = create_model(c.method, backbone=c.backbone, frames=c.frames, classes=classes, weights=c.weights or None, options=c.options, sampler=c.sampler, seed=c.seed)
-    run, batch = prepare_run(c.replace(tasks_per_step=1, episodes=steps), model), noise(c, model.clip_frames)
-    gpu, before = run.device.type == "cuda", peak_resident()
-    if gpu: before = torch.cuda.max_memory_allocated(run.device)
-    for step in range(steps):
-        batch.index, began = step, time.monotonic()
-        run_step(run, iter([batch]), step)
-    return asdict(StepCost(torch.cuda.max_memory_allocated(run.device) if gpu else peak_resident(), before, time.monotonic() - began, run.precision))
 
 # %% ../nbs/32_training.ipynb #682042f4
 def _kept_rows(path: Path, last: int) -> list[dict[str, str]]:

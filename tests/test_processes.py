@@ -76,6 +76,18 @@ def methods(out):
 
 
 @case
+def sparing(out):
+    "Activations computed again, and frozen statistics with parts of an episode."
+    weights = Path(out).with_suffix(f".{os.getpid()}.pth")
+    with processes("cpu"):
+        for name, changes in {"again": dict(recompute=True), "parts": dict(batch_norm="frozen", frames_at_once=2, weights=str(weights))}.items():
+            model = create_model("protonet", backbone="resnet_micro", frames=3, classes=CLASSES)
+            torch.save(model.backbone.body.state_dict(), weights)
+            config = settings(frames=3, size=16, short_side=16, episodes=8, tasks_per_step=4, validate_every=0, optimizer="sgd", lr=0.05, **changes)
+            run(Path(out) / name, config, model, Episodes(frames=3, size=16, ways=2, queries=1), None)
+
+
+@case
 def evaluation(out):
     "Videos and episodes that do not divide evenly, a single batch, pixels as embeddings (of a sampler), and what is not finite in the second share."
     model, sampled = tiny(), create_model("otam", backbone="resnet_micro", frames=2, sampler="vim")
@@ -214,6 +226,15 @@ def test_every_method_learns_the_same(tmp_path):
     methods(tmp_path / "one")
     launch("methods", tmp_path / "two", timeout=280)
     for name in (*METHOD_NAMES, "vim", "plain"):
+        assert weights_differ(tmp_path / "one" / name / "last", tmp_path / "two" / name / "last") < 1e-5, name
+        assert logs_differ(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-5, name
+
+
+@pytest.mark.timeout(240)
+def test_less_memory_learns_the_same(tmp_path):
+    sparing(tmp_path / "one")
+    launch("sparing", tmp_path / "two")
+    for name in ("again", "parts"):
         assert weights_differ(tmp_path / "one" / name / "last", tmp_path / "two" / name / "last") < 1e-5, name
         assert logs_differ(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-5, name
 

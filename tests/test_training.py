@@ -22,7 +22,7 @@ from fsar.config import Config
 from fsar.core import FsarError, generator, sha256_file, torch_seed
 from fsar.episodes import EpisodeBatch
 from fsar.model import METHODS, create_model, load_methods
-from fsar.training import (_check_settings, SCHEDULES, MetricsLog, choose_device, choose_precision, is_due, learning_rate, make_optimizer, prepare_run, run_step,
+from fsar.training import (_check_settings, SCHEDULES, MetricsLog, choose_device, is_due, learning_rate, make_optimizer, prepare_run, run_step,
                            train)
 
 from test_checkpoints import small_disk
@@ -115,9 +115,7 @@ def test_frozen_parameters_stay_out():
 def test_sgd_has_no_momentum(): assert make_optimizer("sgd", tiny(), lr=1).defaults["momentum"] == 0
 
 
-def test_precision_and_device():
-    assert choose_precision("fp32", torch.device("cpu")) == "fp32" and choose_precision("bf16", torch.device("cpu")) == "bf16"
-    assert choose_precision("auto", torch.device("mps")) == "fp32" and choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+def test_device():  # precision: test_memory.py
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(FsarError, match="device 'cuda:77' is not available here; accepted: auto, cpu"): choose_device("cuda:77")
 
