@@ -31,6 +31,7 @@ from .augment import TestTransform, TrainTransform
 from .backbones import create_backbone
 from .config import Config
 from .core import FsarError, Registry, cache_dir, generator, keep_freed_memory, read_json, resource, sha256_file, sha256_json, torch_seed, track, write_json, writing
+from .costs import noise as noise_episode, step_cost
 from .datasets import Data, prepare_data, prepare_rendered
 from .episodes import EpisodeBatch, EpisodeClips, EpisodeSampler, EpisodeTable, VideoClips, episode_loader, episode_table
 from .evaluation import embed_videos, gather, predict_episodes, testing
@@ -43,7 +44,7 @@ from .profiles import Finding, findings, profile_step
 from .references import Episode, OriginalClips, agreed, apart, bimhm_plain, match_each, otam_cells, plain, test_each, trx_each
 from .store import Store
 from .timing import Call, Ratio, companion, in_turns, peak_memory
-from .training import Run, choose_device, choose_precision, noise as noise_episode, prepare_run, run_step, step_cost
+from .training import Run, choose_device, choose_precision, prepare_run, run_step
 from .video import write_video
 
 T = TypeVar("T")
@@ -452,7 +453,7 @@ def measure_start(s: Settings) -> list[Row]:
     rows = [row("import fsar", s, "s beyond torch", table["fsar"] - table["torch"], goal=Goal(1, most=True), ours="import torch, fsar", reference="import torch", seconds=table[["fsar", "torch"]]),
             row("fsar --help", s, "s", table["help"], goal=Goal(1, most=True), ours="fsar --help", reference="", seconds=table[["help"]]),
             row("fsar --help, torch", s, "times imported", [imported], goal=Goal(0, most=True), ours="fsar --help", reference="", counts={"torch imported": imported})]
-    return rows + [_training_start(s, table)] * (not s.quick)
+    return rows if s.quick else [*rows, _training_start(s, table)]
 
 def _training_start(s: Settings, table: pd.DataFrame) -> Row:
     "All that training imports, beside what torchvision alone takes."
