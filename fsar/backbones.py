@@ -48,6 +48,7 @@ class Backbone(nn.Module):
         if not torch.is_grad_enabled(): return self.body(frames)
         maps = self.block_by_block if self.recompute else self.body
         if not 0 < self.at_once < len(frames): return maps(frames)
+        if self.training and not self.frozen: raise FsarError("frames pass a backbone in parts (at_once) only when it is frozen: else each part would be normalised by statistics of its own")
         return torch.cat([again(maps, part, self.body) for part in frames.split(self.at_once)])
 
 # %% ../nbs/10_backbones.ipynb #ffffd65c

@@ -38,7 +38,7 @@ def _call(work: bytes, item: bytes, place: str,  # the folder to work in
     return ""
 
 # %% ../nbs/41_cluster.ipynb #1d0f4ca7
-CARRIED = ("FSAR_CACHE", "FSAR_QUIET", "TORCH_HOME")  # variables of this process that workers get too
+CARRIED = ("FSAR_CACHE", "FSAR_QUIET", "FSAR_KEEP_MEMORY", "TORCH_HOME")  # variables of this process that workers get too
 
 def worker_environment(threads: int  # torch's, in each worker
                        ) -> dict[str, str]:

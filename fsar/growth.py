@@ -266,7 +266,7 @@ def counts_in_shapes(work: str, one: Subject, task: Task) -> Counts:
         try: return counts(WORK[work](shapes, task, fake=True))
         except (NotImplementedError, RuntimeError): return counts(WORK[work](on_cpu, task))
 
-# %% ../nbs/48_growth.ipynb #3fb1ded8
+# %% ../nbs/48_growth.ipynb #72324457
 @dataclass(frozen=True)
 class Plan:
     "What to measure: the values of every dimension and what stays fixed meanwhile."
@@ -277,7 +277,7 @@ class Plan:
     rounds: int = 3  # of measuring in turns; 0: counts and bytes only
     least: float = 0.02  # seconds of one measurement
     most: float = 2.5e10  # multiply-adds of one call that is timed
-    most_written: float = 5e8  # numbers written by one
+    most_written: float = 2.5e8  # numbers written by one
 
     def task(self, dimension: str, value: int) -> Task: return replace(self.fixed.get(dimension, Task()), **{dimension: value})
 

@@ -160,6 +160,13 @@ def test_parts_of_an_episode_in_single_precision():
     assert held(parts, 64) < 0.05 * held(plain, 64) and held(parts, 4) == pytest.approx(held(plain, 4))           # a single part is kept as it is
 
 
+def test_parts_with_statistics_of_their_own_are_refused():
+    backbone = seeded("resnet_micro")
+    backbone.at_once = 2
+    with pytest.raises(FsarError, match="only when it is frozen"): backbone.train()(pixels())
+    assert torch.equal(backbone(pixels(2)), seeded("resnet_micro").train()(pixels(2)))                            # a single part is the whole
+
+
 def test_frozen_norms_stay_frozen_through_validation_and_the_others_train():
     model = make("molo").train()
     model.backbone.frozen = True
