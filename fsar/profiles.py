@@ -6,8 +6,8 @@
 __all__ = ['ENGINE', 'PRODUCTS', 'VIEWS', 'GROUPS', 'ROW', 'SEGMENTS', 'training_step', 'backbone_named', 'owners', 'attributed',
            'group_of', 'profiled', 'profile_step', 'top_operators', 'segment', 'shares', 'profile_figure', 'Finding',
            'findings_table', 'channel_by_channel', 'decoder_calls', 'sped_up', 'share_of', 'convolution_calls',
-           'decoder_finding', 'tuples_made', 'slots_of', 'trx_calls', 'trx_finding', 'page_faults', 'seconds_a_fault',
-           'answer', 'answering', 'faults_in_turns', 'memory_finding', 'findings']
+           'decoder_finding', 'tuples_made', 'slots_of', 'trx_calls', 'trx_finding', 'used_so_far', 'used_by', 'answer',
+           'answering', 'faults_in_turns', 'memory_finding', 'findings']
 
 # %% ../nbs/48_profiles.ipynb #93223aa6
 import json, math, os, re, subprocess, sys
@@ -296,29 +296,29 @@ def trx_finding(task: Task = Task(frames=8, ways=5, shots=1, queries=5), channel
                    ratio(in_turns(calls, rounds=rounds, device=device), *calls), *calls)
 
 # %% ../nbs/48_profiles.ipynb #d9dfcee1
-def page_faults() -> int:
-    "How many pages this process has been given so far."
+def used_so_far() -> tuple[int, float, float]:
+    "What this process has taken: page faults, processor seconds inside the system, and all its processor seconds."
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt, usage.ru_stime, usage.ru_stime + usage.ru_utime
 
-def seconds_a_fault(megabytes: int = 64) -> float:
-    "What one page fault takes: writing to fresh memory, less writing to it again."
-    fresh = torch.empty(megabytes * 2**18, dtype=torch.float32)
-    before = page_faults()
-    first, faults = seconds(lambda: fresh.fill_(1.0)), page_faults() - before
-    return max(0.0, first - min(seconds(lambda: fresh.fill_(1.0)) for _ in range(3))) / max(1, faults)
+def used_by(call: Callable[[], Any]) -> tuple[float, int, float]:
+    "Seconds of a call, its page faults, and the share of its processor time that the system took."
+    before = used_so_far()
+    taken = seconds(call)
+    faults, system, whole = (b - a for a, b in zip(before, used_so_far()))
+    return taken, faults, system / whole if whole else 0.0
 
 # %% ../nbs/48_profiles.ipynb #fd6d16b8
 def answer() -> None:
-    "The work of such a process: told what to train, it answers every line with the seconds and page faults of a step, and what a fault costs at that time."
+    "The work of such a process: told what to train, it answers every line with the seconds and page faults of a step, the system's share of it, and whether freed memory is kept."
     told = json.loads(input())
     task = Task(**told["task"])
     model = create_model(told["method"], backbone=told["backbone"], frames=task.frames, classes=64)
     step, kept = training_step(model, noise_batch(model, task, told["size"])), keep_freed_memory()
     step()
     for _ in sys.stdin:
-        before = page_faults()
-        print(json.dumps([seconds(step), page_faults() - before, seconds_a_fault(), kept]), flush=True)
+        print(json.dumps([*used_by(step), kept]), flush=True)
 
 @contextmanager
 def answering(keep: bool, **told: Any) -> Iterator[Callable[[], list[Any]]]:
@@ -334,19 +334,19 @@ def answering(keep: bool, **told: Any) -> Iterator[Callable[[], list[Any]]]:
         finally: process.kill()
 
 # %% ../nbs/48_profiles.ipynb #3845e823
-def faults_in_turns(task: Task, rounds: int = 5, **told: Any) -> dict[str, pd.DataFrame]:  # (rounds, 2) each: seconds, faults, cost of a fault
+def faults_in_turns(task: Task, rounds: int = 5, **told: Any) -> dict[str, pd.DataFrame]:  # (rounds, 2) each: seconds, faults, share of the system
     "A training step in a process that gives its memory back and in one that keeps it."
     with answering(False, task=vars(task), **told) as back, answering(True, task=vars(task), **told) as kept:
         found = [{"given back": back(), "kept": kept()} for _ in range(rounds + 1)][1:]
     if found[0]["given back"][3] or not found[0]["kept"][3]: raise FsarError("freed memory is kept by glibc under Linux only: there is nothing to compare here")
-    return {what: pd.DataFrame([{name: row[name][i] for name in row} for row in found]) for i, what in enumerate(("seconds", "faults", "cost"))}
+    return {what: pd.DataFrame([{name: row[name][i] for name in row} for row in found]) for i, what in enumerate(("seconds", "faults", "system"))}
 
 def memory_finding(task: Task = Task(frames=8, ways=5, queries=5), size: int = 64, backbone: str = "resnet18", method: str = "molo", *, rounds: int = 5) -> Finding:
     "A training step whose memory is given back, and kept, on the CPU."
     found = faults_in_turns(task, rounds, method=method, backbone=backbone, size=size)
-    (back, kept), cost, whole = found["faults"].mean(), found["cost"].min().min(), found["seconds"]["given back"].median()
-    return Finding(f"a training step of {method} meets {back:,.0f} page faults, {kept:,.0f} where freed memory is kept; one costs {1e6 * cost:.2g} microseconds",
-                   f"{sped_up(min(1.0, (back - kept) * cost / whole), math.inf):.2g} ×, by faults times their cost", "training and evaluation ask the C library to keep freed memory",
+    (back, kept), share = found["faults"].mean(), found["system"]["given back"].median()
+    return Finding(f"a training step of {method} meets {back:,.0f} page faults, {kept:,.0f} where freed memory is kept; the system takes {100 * share:.0f} % of its processor time",
+                   f"{sped_up(share, math.inf):.2g} ×, if all that the system takes is saved", "training and evaluation ask the C library to keep freed memory",
                    ratio(found["seconds"], "given back", "kept"), "given back", "kept")
 
 # %% ../nbs/48_profiles.ipynb #d2be47ba
