@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 export FSAR_CACHE ?= $(CURDIR)/.cache/fsar
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-exports test-notebooks test-python notebooks readme install clean
+.PHONY: help demo test check-exports test-notebooks test-python notebooks readme docs install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -32,7 +33,7 @@ check-exports: $(STAMP)
 test-notebooks: $(STAMP)
 	@echo "running the notebooks, one torch thread each" && OMP_NUM_THREADS=1 FSAR_QUIET=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
-test-python: $(STAMP)
+test-python: $(DOCS)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
@@ -41,6 +42,13 @@ notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pict
 readme: $(STAMP)  ## fill in the table of nbs/index.ipynb from the reports and make README.md of it
 	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
 	@$(BIN)/python tests/readme.py
+
+docs: $(DOCS)  ## build the site from notebooks, package and reports: _docs/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "the site: _docs/index.html"
+
+$(DOCS): $(STAMP)
+	@$(BIN)/python -c 'import latex2mathml, material' 2>/dev/null || PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
 
 clean:  ## remove what can be made again: rendered data, checkpoints, build leftovers (the environment stays)
 	rm -rf .cache build dist _docs _proc *.egg-info .pytest_cache reports/*/checkpoints

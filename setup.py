@@ -35,7 +35,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split() + cfg["conditional_requirements"].strip().splitlines(),
-    extras_require={"cluster": cfg["cluster_requirements"].split(), "hub": cfg["hub_requirements"].split(), "web": cfg["web_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("cluster", "hub", "web", "interactive", "docs", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),
     package_dir=carried,

@@ -7,7 +7,7 @@ __all__ = ['INK', 'MUTED', 'ACCENT', 'DASHES', 'PIXELS_PER_INCH', 'LIGHT_GREYS',
            'percent', 'verdict', 'selection_note', 'leak_note', 'drawn_from', 'method_name', 'headline', 'banner',
            'reading', 'direction', 'headline_table', 'show_table', 'pairs_table', 'origin', 'question', 'setup',
            'recordings', 'duration', 'training_figure', 'rates', 'worst_pairs', 'confusion_figure', 'class_figure',
-           'reversed_figure', 'reversed_comparison_figure', 'alignment_figure']
+           'reversed_figure', 'reversed_comparison_figure', 'alignment_figure', 'draw_alignment']
 
 # %% ../nbs/40_reports.ipynb #d349e1d8
 import io
@@ -301,12 +301,14 @@ def alignment_figure(similarities: Sequence[np.ndarray],  # R matrices (Tq, Ts):
     for row, similarity, title in zip(axes, similarities, titles):
         for ax, (name, matcher) in zip(row, matchers.items()):
             weight = alignment(matcher, torch.as_tensor(similarity)).clamp(min=0).numpy()
-            image = _alignment(ax, similarity, weight, limits)
+            image = draw_alignment(ax, similarity, weight, limits)
             ax.set_title(f"{title}\n{name}", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.6, label="cosine similarity")
     return figure
 
-def _alignment(ax: Axes, similarity: np.ndarray, weight: np.ndarray, limits: tuple[float, float]) -> Any:
+def draw_alignment(ax: Axes, similarity: np.ndarray,  # (Tq, Ts)
+                   weight: np.ndarray,  # (Tq, Ts) how much each pair of frames counts
+                   limits: tuple[float, float]) -> Any:  # similarities that are white and grey → matplotlib's image
     "One similarity map with dots whose area is the weight; the map stays light so that dots stand out in print."
     image = ax.imshow(similarity, cmap=LIGHT_GREYS, vmin=limits[0], vmax=limits[1])
     query, support = np.indices(weight.shape)

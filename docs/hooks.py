@@ -1,0 +1,87 @@
+"""What mkdocs calls while it builds: the site's pages come from the notebooks, its reference from the package, its reports from `reports/`. Nothing is kept twice."""
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+
+import api
+import formulas
+import notebooks
+from mkdocs.structure.files import File, Files
+from places import ROOT, TEXTS, at_home, report_files, report_notebooks, relinked, settings, target
+from places import notebooks as sources
+
+GUIDES = ["own_data", "choose", "write_a_method", "reproduce", "cluster", "numbers", "interactive"]
+FLOORS = {"Methods": range(20, 30), "Building blocks": range(20), "Training and testing": range(30, 40), "Experiments": range(40, 50), "Command line": range(50, 60)}
+
+WIDE = "---\nhide: [toc]\n---\n"  # a page that needs the width
+
+
+def on_config(config: Any) -> Any:
+    "What settings.ini says, and the order of the pages."
+    own = settings()
+    config["site_name"], config["site_description"], config["site_author"] = own["title"], own["description"], own["author"]
+    config["site_url"], config["repo_url"], config["repo_name"] = f"{own['doc_host']}{own['doc_baseurl']}/", own["git_url"], f"{own['user']}/{own['repo']}"
+    config["copyright"], config["edit_uri"] = f"{own['copyright']}. Licence: Apache-2.0.", None
+    config["nav"] = navigation()
+    return config
+
+
+def navigation() -> list[dict[str, Any]]:
+    "Notebooks by their numbers, so that a new one finds its place."
+    tutorials = {Path(s).stem: s.replace(".ipynb", ".md") for s in sources() if "tutorials/" in s}
+    numbered = {s.replace(".ipynb", ".md"): int(Path(s).stem[:2]) for s in sources() if "tutorials/" not in s}
+    floors = [{name: [page for page, number in numbered.items() if number in floor]} for name, floor in FLOORS.items()]
+    floors[1]["Building blocks"].append(TEXTS["data_splits/README.md"])
+    return [{"Start": ["index.md", *[tutorials[n] for n in ("start",) if n in tutorials]]}, {"Guides": [*[tutorials[n] for n in GUIDES if n in tutorials], TEXTS["CONTRIBUTING.md"]]}, *floors,
+            {"API": ["api/index.md", *({m.name: m.page} for m in api.modules())]},
+            {"Reports": [TEXTS["reports/README.md"], *({Path(folder).name: f"{folder}/index.md"} for folder in report_notebooks())]}]
+
+
+def pages() -> list[notebooks.Page]:
+    "All pages of the site."
+    found = [notebooks.page_of("nbs/index.ipynb", "index.md"), api.overview(), *map(api.page_of, api.modules())]
+    found += [notebooks.page_of(s, s.replace(".ipynb", ".md"), below_title=about(s)) for s in sources()]
+    found += [notebooks.page_of(s, f"{folder}/index.md", inputs=False, below_title=about_report(folder, s)) for folder, s in report_notebooks().items()]
+    return found + [text_page(s) for s in TEXTS if s.endswith(".md") and s != "README.md"]
+
+
+def text_page(source: str) -> notebooks.Page:
+    "The page of a text that is Markdown already. In the table of reports the notebook is the page itself."
+    text = (ROOT / source).read_text(encoding="utf-8")
+    return notebooks.Page(TEXTS[source], WIDE * (source == "reports/README.md") + relinked(re.sub(r", \[notebook\]\([^)]*\)", "", text), source, TEXTS[source]))
+
+
+def about(source: str) -> str:
+    "Where a notebook lies, what it makes, and where its code can be seen in one piece."
+    page, module = source.replace(".ipynb", ".md"), next((m for m in api.modules() if m.notebook == source), None)
+    made = [f"the cells with a bar are the module [{module.name}]({target_of(module.page, page)})"] if module else []
+    return ", ".join([f"[{Path(source).name}]({at_home(source)})", *made]) + "\n{ .about }"
+
+
+def target_of(there: str, page: str) -> str:
+    "A link between two pages of the site."
+    import posixpath
+    return posixpath.relpath(there, posixpath.dirname(page) or ".")
+
+
+def about_report(folder: str, source: str) -> str:
+    "The files of a report."
+    taken = {Path(f).name for f in report_files() if f.startswith(f"{folder}/")}
+    said = {"report.html": " as the command wrote it", "metrics.json": "", "results.csv": ""}
+    return ", ".join([*(f"[{name}]({name}){words}" for name, words in said.items() if name in taken), f"[{Path(source).name}]({at_home(source)})"]) + "\n{ .about }"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    "Everything that the site is made of, without a copy on the disk."
+    for page in pages():
+        files.append(File.generated(config, page.path, content=page.text))
+        for path, content in page.files.items(): files.append(File.generated(config, path, content=content))
+    for path in report_files(): files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return formulas.drawn(html)
