@@ -161,7 +161,7 @@ def of_class(entry: Entry, module: Module) -> list[str]:
 
 
 def without_self(text: str) -> str:
-    return re.sub(r"\(\s*(self|cls)(: \w+)?(,\s*|(?=\)))", "(", text, count=1)
+    return re.sub(r"(\(\s*)(?:self|cls)(?:: \w+)?(?:,\s*|(?=\)))", r"\1", text, count=1)
 
 
 def of_value(entry: Entry, module: Module) -> list[str]:

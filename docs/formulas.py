@@ -5,15 +5,14 @@ from html import unescape
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.S)
-
-SYNONYMS = {r"\lVert": r"\|", r"\rVert": r"\|"}  # what latex2mathml does not know → what it knows
+KNOWN = {r"\\lVert|\\rVert|\\\|": "‖", r"(\\\\)\[[^\]]*\]": r"\1"}  # what latex2mathml does not know → what it knows: norms, the space after a row
 
 
 def mathml(latex: str, *, block: bool) -> str:
     "A formula in LaTeX as MathML; an error where a part of it is not understood."
-    for name, known in SYNONYMS.items(): latex = latex.replace(name, known)
+    for unknown, known in KNOWN.items(): latex = re.sub(unknown, known, latex)
     found = convert(latex, display="block" if block else "inline")
-    odd = re.findall(r">(\\[A-Za-z]+)<", found)
+    odd = re.findall(r">([^<]*\\[^<]*)<", found)
     if odd: raise ValueError(f"{', '.join(odd)} in the formula {latex!r} is not understood by latex2mathml")
     return found
 

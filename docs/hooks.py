@@ -43,7 +43,7 @@ def navigation() -> list[dict[str, Any]]:
 def pages() -> list[notebooks.Page]:
     "All pages of the site."
     found = [notebooks.page_of("nbs/index.ipynb", "index.md"), api.overview(), *map(api.page_of, api.modules())]
-    found += [notebooks.page_of(s, s.replace(".ipynb", ".md"), below_title=about(s)) for s in sources()]
+    found += [with_source(notebooks.page_of(s, s.replace(".ipynb", ".md"), below_title="" if "tutorials/" in s else about(s)), s) for s in sources()]
     found += [notebooks.page_of(s, f"{folder}/index.md", inputs=False, below_title=about_report(folder, s)) for folder, s in report_notebooks().items()]
     return found + [text_page(s) for s in TEXTS if s.endswith(".md") and s != "README.md"]
 
@@ -59,6 +59,12 @@ def about(source: str) -> str:
     page, module = source.replace(".ipynb", ".md"), next((m for m in api.modules() if m.notebook == source), None)
     made = [f"the cells with a bar are the module [{module.name}]({target_of(module.page, page)})"] if module else []
     return ", ".join([f"[{Path(source).name}]({at_home(source)})", *made]) + "\n{ .about }"
+
+
+def with_source(page: notebooks.Page, source: str) -> notebooks.Page:
+    "A tutorial's page with its notebook beside the link to Colab."
+    page.text = re.sub(r"^\[Open in Colab\]\(\S+\)$", lambda found: f"{found[0]}, [{Path(source).name}]({at_home(source)})\n{{ .about }}", page.text, count=1, flags=re.M)
+    return page
 
 
 def target_of(there: str, page: str) -> str:

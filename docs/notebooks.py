@@ -57,7 +57,12 @@ def table(html: str) -> str:
     "HTML of an output; tables lose their own looks."
     html = re.sub(r"<style.*?</style>", "", html, flags=re.S)
     html = re.sub(r"<thead>(\s|</?tr[^>]*>|<th[^>]*>\s*</th>)*</thead>", "", html)  # a heading without a word
-    return re.sub(r' (border="\d+"|class="dataframe")', "", html).strip()
+    return unbroken(re.sub(r' (border="\d+"|class="dataframe")', "", html).strip())
+
+
+def unbroken(text: str) -> str:
+    "A number stays on one line with its interval and its unit."
+    return re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
 
 
 def shown(context: str) -> str:
@@ -78,7 +83,7 @@ def output(out: dict[str, Any], name: str, alt: str, page: Page, source: str) ->
         page.files[f"{folder}/{file}"] = b64decode(joined(data[kind]))
         text = re.sub(r"[\[\]\n]", " ", about.get("alt") or alt)
         return f"![{text}]({folder.split('/')[-1]}/{file}){{ loading=lazy {'width=' + str(about['width']) if 'width' in about else ''}}}"
-    if "text/markdown" in data: return relinked(joined(data["text/markdown"]), source, page.path)
+    if "text/markdown" in data: return relinked(unbroken(joined(data["text/markdown"])), source, page.path)
     if "text/html" in data: return table(joined(data["text/html"]))
     return fenced(plain(joined(data.get("text/plain", ""))), "text", "output")
 
@@ -99,7 +104,7 @@ def page_of(source: str,  # path of the notebook in the repository
         if "template" in cell["tags"]: continue
         if cell["cell_type"] == "markdown":
             context = cell["source"]
-            parts.append(relinked(context, source, path))
+            parts.append(relinked(re.sub(r"^\$\$.*?\$\$$", r"\n\g<0>\n", context, flags=re.M | re.S), source, path))  # a formula on lines of its own is a paragraph
         elif cell["cell_type"] == "code":
             if inputs: parts.append(code(cell))
             alt = ": ".join(filter(None, (heading, shown(context)))) or path
