@@ -9,10 +9,10 @@ __all__ = ['T', 'Row', 'ITEMS', 'EACH', 'EPISODES', 'CLASSES', 'VIDEOS', 'STEPS'
            'measure_trx', 'rendered_videos', 'filmed_videos', 'counting', 'repeated', 'measure_testing', 'load',
            'unchanged', 'measure_loader', 'config_of', 'run_of', 'step', 'bare_step', 'measure_step', 'step_call',
            'measure_automatic', 'large_config', 'with_statistics', 'gradient_of', 'memory_of', 'measure_memory',
-           'start', 'measure_start', 'measure_growth', 'measure_profiles', 'measure_findings', 'as_rows', 'devices_of',
-           'measuring', 'code_hash', 'known', 'measure_item', 'measure_all', 'verdict', 'figure', 'spread_text',
-           'beside', 'goal_table', 'panels', 'goal_figure', 'count_text', 'summary', 'notes', 'table_of', 'findings_of',
-           'growth_words', 'bench_command', 'bench_metrics', 'bench']
+           'start', 'measure_start', 'measure_growth', 'measure_profiles', 'short_profile', 'measure_findings',
+           'as_rows', 'devices_of', 'measuring', 'code_hash', 'known', 'measure_item', 'measure_all', 'verdict',
+           'figure', 'spread_text', 'beside', 'goal_table', 'panels', 'goal_figure', 'count_text', 'summary', 'notes',
+           'table_of', 'findings_of', 'growth_words', 'bench_command', 'bench_metrics', 'bench']
 
 # %% ../nbs/49_benchmark.ipynb #f513b1bf
 import contextlib, copy, functools, itertools, os, shlex, shutil, statistics, subprocess, sys, tempfile, time
@@ -468,7 +468,15 @@ def measure_growth(s: Settings) -> list[Row]:
 @item("profiles", "profiles", "A training step of every method on ResNet-18 at 112 pixels under torch's profiler.", judged=False)
 def measure_profiles(s: Settings) -> list[Row]:
     names, how = s.pick((sorted(load_methods()), {}), (["otam"], {"backbone": "resnet_micro", "size": 32, "steps": 1}))
-    return as_rows(pd.concat([profile_step(name, device=s.device, precision=choose_precision("auto", torch.device(s.device), create_model(name, backbone=how.get("backbone", "resnet18"))), **how) for name in names]))
+    return as_rows(short_profile(pd.concat([profile_step(name, device=s.device, precision=choose_precision("auto", torch.device(s.device), create_model(name, backbone=how.get("backbone", "resnet18"))), **how) for name in names])))
+
+def short_profile(table: pd.DataFrame,  # of fsar.profiles.profile_step
+                  least: float = 0.003  # of a method's step
+                  ) -> pd.DataFrame:
+    "The operators that take most; those below `least` put together, for each phase, part and group."
+    small = table["seconds"] / table.groupby("method")["seconds"].transform("sum") < least
+    rest = table[small].groupby(["method", "phase", "part", "group"], sort=False, as_index=False)[["calls", "seconds"]].sum().assign(operator="others", shapes="")
+    return pd.concat([table[~small], rest])[table.columns]
 
 @item("findings", "findings", "What profiles and counts led to: the change predicted, made and measured.", judged=False)
 def measure_findings(s: Settings) -> list[Row]:
