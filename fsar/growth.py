@@ -372,8 +372,8 @@ LEARNING_PANELS = (("learn", "frames"), ("learn", "ways"), ("learn", "shots"), (
 SAYS = {"frames": "frames of a clip, T", "ways": "ways, N", "shots": "shots, K", "queries": "queries of a class, q", "videos": "videos embedded", "episodes": "episodes tested",
         "seconds": "seconds", "bytes": "bytes at most", "multiply_adds": "multiply-adds", "elements": "numbers written", "calls": "operators dispatched"}
 
-def apart(places: Sequence[float], gap: float) -> list[float]:
-    "The same places in the same order, moved as little as it takes to lie `gap` apart."
+def apart(places: Sequence[float], gap: float, top: float = math.inf) -> list[float]:
+    "The same places in the same order, none above `top`, moved as little as it takes to lie `gap` apart."
     order, groups = np.argsort(places, kind="stable"), []
     for k in order:  # neighbours that are too near become a group around their mean
         groups.append([[k], float(places[k])])
@@ -381,6 +381,7 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
             (a, x), (b, y) = groups[-2:]
             groups[-2:] = [[a + b, (len(a) * x + len(b) * y) / (len(a) + len(b))]]
     spread = {k: centre + gap * (i - (len(members) - 1) / 2) for members, centre in groups for i, k in enumerate(members)}
+    for below, k in enumerate(order[::-1]): spread[k] = min(spread[k], top - gap * below)
     return [spread[k] for k in range(len(places))]
 
 # %% ../nbs/48_growth.ipynb #11ef002d
@@ -413,7 +414,7 @@ def _label_ends(ax: Any, lines: Mapping[str, pd.DataFrame], measure: str, colour
     "Method and exponent right of each line's end, none over another."
     ends = {m: (rows["value"].iloc[-1], rows[measure].iloc[-1]) for m, rows in lines.items()}
     low, high = (math.log(y) for y in ax.get_ylim())
-    heights = apart([(math.log(y) - low) / (high - low) for _, y in ends.values()], 0.072)
+    heights = apart([(math.log(y) - low) / (high - low) for _, y in ends.values()], 0.072, top=1.0)
     for (method, (x, y)), height in zip(ends.items(), heights):
         fitted = exponent(lines[method]["value"], lines[method][measure])
         text = method if math.isnan(fitted) else f"{method} {round(fitted, 1) + 0.0}"
