@@ -76,7 +76,7 @@ def test_every_method_has_a_formula():
     assert set(SCORE) == set(METHODS), "declare the terms of the method's formula in SCORE (nbs/48_growth.ipynb)"
 
 
-LONG = Plan({"frames": (8, 16, 32), "ways": (3, 12), "shots": (2, 8), "queries": (2, 8), "videos": (4, 8), "episodes": (4, 8)}, backbone="resnet_micro", rounds=0, most=1e9, most_written=1e8)
+LONG = Plan({"frames": (8, 16, 32), "ways": (3, 12), "shots": (4, 32), "queries": (2, 8), "videos": (4, 8), "episodes": (4, 8)}, backbone="resnet_micro", rounds=0, most=1e9, most_written=1e8)
 
 
 @methods

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESNET_LAYOUT', 'HEADS_LAYOUT', 'tuple_index', 'project_slots', 'add_slots', 'tuple_matrix', 'squared_lengths',
-           'Positions', 'TupleAttention', 'sum_of_parts', 'parse_cardinalities', 'TRX']
+           'Positions', 'TupleAttention', 'squared_sum', 'sum_of_parts', 'parse_cardinalities', 'TRX']
 
 # %% ../../nbs/23_trx.ipynb #1173e6bd
 import re
@@ -117,6 +117,16 @@ def attention(self: TupleAttention, products: Tensor,  # (E, N, Q, ω·T, K·ω�
     if not real.all(): scores = scores.masked_fill(~real[:, :, None, None, :, None], float("-inf"))
     return scores.flatten(-2).softmax(-1).view(scores.shape)
 
+# %% ../../nbs/23_trx.ipynb #c6915dea
+def squared_sum(x: Tensor,  # (..., n, d)
+                count: int,  # of the sums
+                ) -> Callable[[Tensor], Tensor]:  # weights (..., count, n) → (..., count)
+    "‖Σ w x‖² for many w: by the products of all x with each other, or where there are too many x for that to be less, by the sums."
+    n, d = x.shape[-2:]
+    if n * (1 + d / count) > d: return lambda w: (w @ x).square().sum(-1)
+    among = x @ x.mT                                                                                         # (..., n, n)
+    return lambda w: (w * (w @ among)).sum(-1)
+
 # %% ../../nbs/23_trx.ipynb #7724caf6
 def sum_of_parts(squared: Callable[[slice, slice], Tensor], queries: int, tuples: int, chunk: int) -> Tensor:  # (E, N, Q)
     "Sums over all tuples of each query, so many tuples at a time."
@@ -139,11 +149,11 @@ def distance(self: TupleAttention, query: Embedding,  # what `project` gives, (.
     values, class_values = values - middle[:, 0], class_values - middle
     alike = self.products(self.norm.weight ** 2 * keys, class_keys), self.products(values, class_values)
     offset = rearrange(class_keys @ (self.norm.weight * self.norm.bias), "e n k i t -> e n 1 1 (k i t)")
-    own, among = squared_lengths(values), class_values.flatten(2, 4) @ class_values.flatten(2, 4).mT         # (E, Q, P), (E, N, K·ω·T, K·ω·T)
+    own, length = squared_lengths(values), squared_sum(class_values.flatten(2, 4), sharp[0].numel())         # (E, Q, P)
     matrix = tuple_matrix(keys.shape[-2], self.cardinality, keys)
     def squared(q: slice, p: slice) -> Tensor:                                                               # (E, N, Q', P')
         taken = (self.attention(alike[0][:, :, q], offset, matrix[p], sharp[:, q, p], class_sharp, real) @ matrix).flatten(-2)
-        return own[:, None, q, p] + (taken * (taken.flatten(2, 3) @ among).view(taken.shape) - 2 * taken * (matrix[p] @ alike[1][:, :, q])).sum(-1)
+        return own[:, None, q, p] + length(taken.flatten(2, 3)).view(taken.shape[:-1]) - 2 * (taken * (matrix[p] @ alike[1][:, :, q])).sum(-1)
     found = sum_of_parts(squared, *own.shape[1:], chunk) / len(matrix)
     return found.mT.reshape(*lead, *found.mT.shape[1:])
 
