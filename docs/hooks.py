@@ -10,7 +10,7 @@ import api
 import formulas
 import notebooks
 from mkdocs.structure.files import File, Files
-from places import ROOT, TEXTS, at_home, report_files, report_notebooks, relinked, settings, target
+from places import ROOT, TEXTS, at_home, between, report_files, report_notebooks, relinked, settings
 from places import notebooks as sources
 
 GUIDES = ["own_data", "choose", "write_a_method", "reproduce", "cluster", "numbers", "interactive"]
@@ -57,7 +57,7 @@ def text_page(source: str) -> notebooks.Page:
 def about(source: str) -> str:
     "Where a notebook lies, what it makes, and where its code can be seen in one piece."
     page, module = source.replace(".ipynb", ".md"), next((m for m in api.modules() if m.notebook == source), None)
-    made = [f"the cells with a bar are the module [{module.name}]({target_of(module.page, page)})"] if module else []
+    made = [f"the cells with a bar are the module [{module.name}]({between(page, module.page)})"] if module else []
     return ", ".join([f"[{Path(source).name}]({at_home(source)})", *made]) + "\n{ .about }"
 
 
@@ -65,12 +65,6 @@ def with_source(page: notebooks.Page, source: str) -> notebooks.Page:
     "A tutorial's page with its notebook beside the link to Colab."
     page.text = re.sub(r"^\[Open in Colab\]\(\S+\)$", lambda found: f"{found[0]}, [{Path(source).name}]({at_home(source)})\n{{ .about }}", page.text, count=1, flags=re.M)
     return page
-
-
-def target_of(there: str, page: str) -> str:
-    "A link between two pages of the site."
-    import posixpath
-    return posixpath.relpath(there, posixpath.dirname(page) or ".")
 
 
 def about_report(folder: str, source: str) -> str:

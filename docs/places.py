@@ -51,12 +51,17 @@ def places() -> dict[str, str]:
     return TEXTS | pages | {path: path for path in report_files()} | reports
 
 
+def between(page: str, other: str) -> str:
+    "The link from a page to another, both as .md."
+    return posixpath.relpath(other, posixpath.dirname(page) or ".")
+
+
 def target(path: str,  # of a file or folder, in the repository
            page: str,  # path of the page that links to it, as .md
            ) -> str:
     "A link from a page to a file of the repository: to its page where it has one, else to the repository's host."
     there = places().get(path)
-    return posixpath.relpath(there, posixpath.dirname(page) or ".") if there else at_home(path)
+    return between(page, there) if there else at_home(path)
 
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^()\s#]+)(#[^()\s]*)?(?=\))")
