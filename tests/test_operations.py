@@ -46,7 +46,8 @@ def calls_of(work, method: str, tasks: list[Task]) -> list[int]:
 def test_no_loop_over_ways_shots_or_queries(method, work):
     small = Task(frames=4, ways=3, shots=2, queries=2)
     tasks = [small, replace(small, ways=6), replace(small, shots=5), replace(small, queries=7)]
-    assert len(set(calls_of(work, method, tasks))) == 1
+    found = calls_of(work, method, tasks)
+    assert max(found) <= 1.05 * min(found)                                           # TRX chooses between two forms of a length, a few calls apart; a loop would double or triple them
 
 
 @methods

@@ -93,7 +93,7 @@ def test_every_runtime_import_is_a_declared_requirement():
     parser.read(ROOT / "settings.ini")
     declared = {re.match(r"[\w-]+", r)[0] for r in (parser["DEFAULT"]["requirements"] + " " + parser["DEFAULT"]["conditional_requirements"]).split() if r[0].isalpha()}
     known = {"PIL": "pillow", "IPython": "ipykernel", "matplotlib": "seaborn", "nbformat": "papermill", "nbclient": "papermill", "jupyter_client": "ipykernel", "traitlets": "ipykernel", "psutil": "accelerate"}
-    optional = {"tensorboard", "pyarrow", "webdataset", "ray", "huggingface_hub", "ipywidgets"}  # used where they are installed: a log, formats to compare the store with and Parquet, clusters, the hub, panels
+    optional = {"tensorboard", "pyarrow", "webdataset", "ray", "huggingface_hub", "ipywidgets", "gradio"}  # used where they are installed: a log, formats to compare the store with and Parquet, clusters, the hub, panels, the page
     missing = set()
     for file in (ROOT / "fsar").rglob("*.py"):
         if file.name == "_modidx.py": continue
