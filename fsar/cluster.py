@@ -7,7 +7,7 @@ __all__ = ['CARRIED', 'ADVICE', 'PROBE', 'SETTINGS', 'DEATHS', 'import_ray', 'wo
            'check_nodes', 'on_ray']
 
 # %% ../nbs/41_cluster.ipynb #efea9ddb
-import contextlib, functools, os, pickle, secrets, socket, subprocess, sys, tempfile
+import contextlib, functools, os, pickle, secrets, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,7 +178,7 @@ def _named(node: Mapping[str, Any]) -> str: return f"{node['NodeManagerHostname'
 
 # %% ../nbs/41_cluster.ipynb #b571c6f4
 def check_nodes(ray: Any, folder: Path, cpus: float, gpus: float, seconds: float = 60) -> None:
-    "`FsarError` unless some node can run an item, and each that can sees `folder` and has this fsar."
+    "`FsarError` unless some node can run an item, and each that can sees `folder` and has this fsar. A node that leaves meanwhile is none."
     import fsar
     nodes = _fitting(ray.nodes(), cpus, gpus)
     if not nodes: raise FsarError(_lacking(ray.nodes(), cpus, gpus))
@@ -189,8 +189,18 @@ def check_nodes(ray: Any, folder: Path, cpus: float, gpus: float, seconds: float
         for node, answer in asked:
             try: wrong = ray.get(answer, timeout=seconds)
             except ray.exceptions.GetTimeoutError: wrong = f"did not answer within {seconds:g} seconds"
-            except ray.exceptions.RayError as e: wrong = f"cannot run fsar: {_brief(e)}"
+            except ray.exceptions.RayError as e: wrong = "" if _has_left(ray, node) else f"cannot run fsar: {_brief(e)}"
             if wrong: raise FsarError(f"the node {_named(node)} {wrong}; all nodes of a sweep need the same files at the same places and the same fsar")
+
+    if not _fitting(ray.nodes(), cpus, gpus): raise FsarError(_lacking(ray.nodes(), cpus, gpus))
+
+def _has_left(ray: Any, node: Mapping[str, Any], seconds: float = 10) -> bool:
+    "Whether a node that refused is gone; that it died reaches the list of nodes a little later than its work."
+    end = time.monotonic() + seconds
+    while alive := any(n["Alive"] for n in ray.nodes() if n["NodeID"] == node["NodeID"]):
+        if time.monotonic() > end: break
+        time.sleep(0.2)
+    return not alive
 
 def _brief(error: Exception) -> str:
     "The last line of one of Ray's long messages, which names the cause."

@@ -133,7 +133,15 @@ def flags(tiny_motions, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stopped(flags):
+def own_store(tmp_path_factory):
+    "A cache of its own: another file's tests may have prepared the same videos."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FSAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def stopped(flags, own_store):
     "The run, stopped by Ctrl-C in the middle of training."
     process = subprocess.Popen([sys.executable, "-u", "-c", "import sys; from fsar.cli import main; sys.exit(main())", "train", *flags],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={k: v for k, v in os.environ.items() if k != "FSAR_QUIET"})

@@ -202,6 +202,12 @@ def test_without_a_node_that_can_run_it_an_item_ends(nodes, unasked, tmp_path):
     assert item == 0 and reason.startswith("it never ended: no node of the cluster has the 2 CPUs") and len(started(tmp_path, 0)) == 1
 
 
+@needs_ray
+def test_a_node_that_died_a_moment_ago_is_not_waited_for(nodes, unasked, tmp_path):
+    nodes.cluster.remove_node(nodes.add(), allow_graceful=False)  # the list of nodes has it for a while yet
+    assert dict(on_ray(functools.partial(square, out=tmp_path), [1, 2], address=nodes.address, folder=tmp_path)) == {1: "", 2: ""}
+
+
 # refused before anything is started
 
 @needs_ray
