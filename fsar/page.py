@@ -380,7 +380,7 @@ def serving(model: str | FewShotRecognizer = "molo-motions-mini", *, host: str =
             blocks.close(verbose=False)
             blocks.own.cleanup()
 
-QUIET: dict[str, Any] = dict(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False, footer_links=[])
+QUIET: dict[str, Any] = dict(prevent_thread_lock=True, inline=False, quiet=True, share=False, ssr_mode=False, enable_monitoring=False, run_history=False, mcp_server=False, pwa=False, footer_links=[])
 
 # %% ../nbs/37_page.ipynb #64e7d73b
 @contextlib.contextmanager
