@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ClassPool', 'class_pool', 'separable', 'draw', 'Episode', 'EpisodeSampler', 'EpisodeTable', 'episode_table',
-           'write_table', 'read_table', 'EpisodeBatch', 'EpisodeClips', 'VideoClips', 'episode_loader', 'begin_worker',
-           'draw_episode']
+           'write_table', 'read_table', 'EpisodeBatch', 'beside', 'EpisodeClips', 'VideoClips', 'episode_loader',
+           'begin_worker', 'draw_episode']
 
 # %% ../nbs/06_episodes.ipynb #4c7920a2
 import functools, json, sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -278,16 +278,31 @@ class EpisodeBatch:
 
     def to(self, device: torch.device | str) -> "EpisodeBatch":
         "The same episode on `device`."
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "index"})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "EpisodeBatch":
         "The same episode in pinned memory, from which a GPU copies while it computes; needs a GPU."
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "index"})
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "EpisodeBatch":
+        "Every tensor changed; the clips all at once, so that they stay side by side."
+        support, query = change(self.clips).split([len(self.support), len(self.query)])
+        return replace(self, support=support, query=query, **{name: change(getattr(self, name)) for name in ("support_labels", "query_labels", "class_ids")})
 
     @property
     def clips(self) -> Tensor:
-        "(S + Q, T, 3, H, W) support, then query: what passes the backbone in one call."
-        return torch.cat([self.support, self.query])
+        "(S + Q, T, 3, H, W) support, then query: what passes the backbone in one call. A view where they lie side by side, as from the loader."
+        return beside(self.support, self.query)
+
+# %% ../nbs/06_episodes.ipynb #e723e974
+def beside(first: Tensor, second: Tensor) -> Tensor:
+    "`torch.cat([first, second])`; a view of both where the second goes on in memory where the first ends."
+    kept = first.untyped_storage().data_ptr() if first.device.type != "meta" else 0  # 0: nothing is there yet
+    alike = (first.dtype, first.shape[1:], first.stride()) == (second.dtype, second.shape[1:], second.stride())
+    if (kept and kept == second.untyped_storage().data_ptr() and alike and first.storage_offset() + len(first) * first.stride(0) == second.storage_offset()
+            and not (first.requires_grad or second.requires_grad)):  # a gradient would reach the first alone
+        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+    return torch.cat([first, second])
 
 # %% ../nbs/06_episodes.ipynb #afe2087b
 class EpisodeClips(Dataset):
