@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ACCEPTED', 'Backbone', 'channels_last', 'ResidualBlock', 'resnet_micro', 'steps_of', 'segments',
-           'Untracked', 'again', 'block_by_block', 'train', 'read_weights', 'read_state_dict', 'load_weights',
-           'trained_backbone', 'create_backbone', 'numbered_resnet']
+           'Untracked', 'again', 'block_by_block', 'train', 'set_compiled', 'read_weights', 'read_state_dict',
+           'load_weights', 'trained_backbone', 'create_backbone', 'numbered_resnet']
 
 # %% ../nbs/10_backbones.ipynb #05ebf19a
-import contextlib, pickle, re, warnings
+import contextlib, os, pickle, re, shutil, sys, warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from .core import FsarError, Registry, extend
+from .core import FsarError, Registry, cache_dir, extend
 
 BACKBONES: Registry = Registry("backbone")
 
@@ -28,6 +28,7 @@ class Backbone(nn.Module):
     "A convolutional frame encoder: `(B, 3, H, W)` normalised pixels to `(B, C, h, w)` feature maps, at any input size."
     recompute = False  # compute the activations of each block again in the backward pass
     frozen = False  # normalise by the stored statistics in training too; takes effect with the next `train()`
+    compiled = False  # whether training passes run what torch.compile made of the body; see `set_compiled`
     at_once = 0  # so many frames pass together, and each part is computed again in the backward pass; 0: all, once
 
     def __init__(self, body: nn.Module, channels: int,  # C
@@ -45,7 +46,7 @@ class Backbone(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         frames = frames.contiguous(memory_format=torch.channels_last)
-        if not torch.is_grad_enabled(): return self.body(frames)
+        if not torch.is_grad_enabled(): return self.body.forward(frames) if self.compiled else self.body(frames)
         maps = self.block_by_block if self.recompute else self.body
         if not 0 < self.at_once < len(frames): return maps(frames)
         if self.training and not self.frozen: raise FsarError("frames pass a backbone in parts (at_once) only when it is frozen: else each part would be normalised by statistics of its own")
@@ -154,6 +155,17 @@ def train(self: Backbone, mode: bool = True) -> Backbone:
         for m in self.body.modules():
             if isinstance(m, _BatchNorm): m.eval()
     return self
+
+# %% ../nbs/10_backbones.ipynb #f287deca
+@extend(Backbone)
+def set_compiled(self: Backbone, on: bool) -> None:
+    "Whether training passes run a program that torch writes for the body at the first of them; `FsarError` where there is no C++ compiler."
+    self.compiled, self.body._compiled_call_impl = on, None  # the second is where torch keeps it
+    if not on: return
+    if not shutil.which(compiler := os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")):
+        raise FsarError(f"torch.compile needs a C++ compiler, and there is no {compiler!r} here: install one, name one with the variable CXX, or leave 'compile' off")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    self.body.compile()
 
 # %% ../nbs/10_backbones.ipynb #170721ca
 ACCEPTED = "a .safetensors file, or one written by torch.save (.pth, .pyth, .pt, .tar) that holds nothing but tensors, numbers and texts"

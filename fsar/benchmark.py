@@ -8,11 +8,12 @@ __all__ = ['T', 'Row', 'ITEMS', 'EACH', 'EPISODES', 'CLASSES', 'VIDEOS', 'STEPS'
            'measure_otam', 'headless', 'invented', 'episodes_of', 'scored', 'measure_scoring', 'trx_step', 'trx_head',
            'measure_trx', 'rendered_videos', 'filmed_videos', 'counting', 'repeated', 'measure_testing', 'load',
            'unchanged', 'measure_loader', 'config_of', 'run_of', 'step', 'bare_step', 'measure_step', 'step_call',
-           'measure_automatic', 'large_config', 'with_statistics', 'gradient_of', 'memory_of', 'measure_memory',
-           'start', 'measure_start', 'measure_growth', 'measure_profiles', 'short_profile', 'measure_findings',
-           'as_rows', 'devices_of', 'measuring', 'code_hash', 'known', 'measure_item', 'measure_all', 'verdict',
-           'figure', 'spread_text', 'beside', 'goal_table', 'panels', 'goal_figure', 'count_text', 'summary', 'notes',
-           'table_of', 'findings_of', 'growth_words', 'bench_command', 'bench_metrics', 'bench']
+           'measure_automatic', 'measure_compile', 'large_config', 'with_statistics', 'gradient_of', 'memory_of',
+           'measure_memory', 'start', 'measure_start', 'measure_growth', 'measure_profiles', 'short_profile',
+           'measure_findings', 'as_rows', 'devices_of', 'measuring', 'code_hash', 'known', 'measure_item',
+           'measure_all', 'verdict', 'figure', 'spread_text', 'beside', 'goal_table', 'panels', 'goal_figure',
+           'count_text', 'summary', 'notes', 'table_of', 'findings_of', 'growth_words', 'bench_command',
+           'bench_metrics', 'bench']
 
 # %% ../nbs/49_benchmark.ipynb #f513b1bf
 import contextlib, copy, functools, itertools, os, shlex, shutil, statistics, subprocess, sys, tempfile, time
@@ -382,6 +383,21 @@ def measure_automatic(s: Settings) -> list[Row]:
         table = in_turns({"ours": ours, "reference": theirs}, rounds=s.rounds, least=0)
     return [row("molo", s, "times as fast", table["reference"] / table["ours"], goal=Goal(1.8), ours=f"{precision}, colours side by side, freed memory kept", reference="fp32, planes, freed memory given back",
                 rates=table.median().to_dict(), rate_unit="s", seconds=table, equal="the first step's loss", tolerance=tolerance, apart=gap)]
+
+# %% ../nbs/49_benchmark.ipynb #e0bed64f
+@item("compile", "a compiled backbone",
+      "A training step of MoLo with `compile` against the same step without it (30 videos of 8 frames, ResNet-18 at 112 pixels, the precision that `auto` gives), each in a process of its own, in turns; the first step, in which torch writes its "
+      "programs, is a line of its own. No goal is set: whether it pays depends on the device. Compared is the loss of the first step.",
+      "torch.compile joins what lies between convolutions. On a processor the convolutions, which it leaves to the same library, are nearly the whole step.")
+def measure_compile(s: Settings) -> list[Row]:
+    configs = [config_of(s, compile=compiled).to_dict() for compiled in (True, False)]
+    with tempfile.TemporaryDirectory() as empty, companion("fsar.benchmark:step_call", {"TORCHINDUCTOR_CACHE_DIR": empty}, config=configs[0]) as ours, companion("fsar.benchmark:step_call", config=configs[1]) as theirs:
+        expected, begun = theirs()[1], time.perf_counter()
+        loss, first, tolerance = ours()[1], time.perf_counter() - begun, 0.05
+        gap = agreed(torch.tensor(loss), torch.tensor(expected), tolerance, "losses")
+        table = in_turns({"ours": ours, "reference": theirs}, rounds=s.rounds, least=0)
+    words = dict(ours="torch.compile", reference="as it is", equal="the first step's loss", tolerance=tolerance, apart=gap)
+    return [row("molo", s, "times as fast", table["reference"] / table["ours"], rates=table.median().to_dict(), rate_unit="s", seconds=table, **words), row("molo, the first step", s, "s", [first], **words)]
 
 # %% ../nbs/49_benchmark.ipynb #1d3235cc
 MEANS = {"recompute": {"recompute": True}, "frames_at_once": {"batch_norm": "frozen", "frames_at_once": 16}}  # how memory is bounded

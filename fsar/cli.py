@@ -457,7 +457,7 @@ class Bench(Command):
     """Measure what this library gains: each item against its plain reference, side by side on this machine, with equal outputs; which goals are met.
 
     Stopped at any moment, the same command goes on with what is missing. For example: fsar bench --items otam trx --rounds 3 --out reports/mine"""
-    items: Annotated[tuple[str, ...], tyro.conf.arg(help="what is measured: testing, scoring, otam, trx, step, automatic, memory, loader, start, growth, profiles, findings", help_behavior_hint="(default: all)")] = ()
+    items: Annotated[tuple[str, ...], tyro.conf.arg(help="what is measured: testing, scoring, otam, trx, step, automatic, compile, memory, loader, start, growth, profiles, findings", help_behavior_hint="(default: all)")] = ()
     rounds: Annotated[int, tyro.conf.arg(help="rounds in which an item and its reference take turns; the median counts")] = 5
     quick: switch("small sizes, a minute in all: to see that everything works; no goal is judged") = False
     device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="auto: the processor, and a GPU where there is one")] = "auto"

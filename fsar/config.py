@@ -63,6 +63,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = _help("auto", "bf16 where the device computes this backbone faster in it, else fp32")
     batch_norm: Literal["train", "frozen"] = _help("train", "in training the backbone normalises by the statistics of each episode's frames ('train'), or by those stored with its pretrained weights, which then stay ('frozen', only with weights)")
     recompute: bool = _help(False, "compute the backbone's activations again in the backward pass: less memory, at least a third more time, the same numbers")
+    compile: bool = _help(False, "have torch.compile write programs for the backbone's training passes, which takes a minute or more at the start: numbers equal up to rounding, for long trainings on a GPU; `fsar bench --items compile` says what it brings on a device")
     frames_at_once: int = _help(0, "frames pass the backbone so many at a time, each part computed again in the backward pass, so that memory grows with the part and not with the episode (only with batch_norm frozen); 0: all")
     validate_every: int = _help(150, "episodes between validations, 0 for none")
     val_episodes: int = _help(400, "validation episodes")
@@ -141,6 +142,8 @@ def _check(c: Config) -> None:
     if c.batch_norm == "frozen" and not c.weights: raise FsarError("configuration key 'batch_norm' can be 'frozen' only with 'weights': a backbone from scratch has no statistics to normalise by")
     if c.frames_at_once and c.batch_norm != "frozen":
         raise FsarError("configuration key 'frames_at_once' needs 'batch_norm' 'frozen': otherwise the backbone normalises by the statistics of all frames of an episode, which a part of them does not have")
+    if c.compile and (c.recompute or c.frames_at_once):
+        raise FsarError(f"configuration key 'compile' cannot go with {'recompute' if c.recompute else 'frames_at_once'!r}: a compiled backbone runs as a whole, once")
     if c.size > c.short_side: raise FsarError(f"configuration key 'size' ({c.size}) is larger than the stored frames ('short_side' {c.short_side})")
 
 # %% ../nbs/07_config.ipynb #b9218daf

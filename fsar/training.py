@@ -239,6 +239,7 @@ def prepare_run(config: Config, model: FewShotModel) -> Run:
     _check_processes(config, accelerator.num_processes)
     model.backbone.recompute, model.backbone.frozen, model.backbone.at_once = config.recompute, config.batch_norm == "frozen", config.frames_at_once
     channels_last(model.to(device).train())
+    model.backbone.set_compiled(config.compile)
     optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
     wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
     run = Run(config, model, wrapped, optimizer, accelerator, device, choose_precision(config.precision, device, model))

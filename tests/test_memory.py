@@ -1,4 +1,6 @@
 "What a training step keeps in memory: activations computed again, frozen statistics, parts of an episode. The numbers stay."
+import os
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -11,10 +13,10 @@ from fsar.backbones import BACKBONES, Backbone, channels_last, segments
 from fsar.config import NEUTRAL, Config, differing
 from fsar.core import FsarError, torch_seed
 from fsar.episodes import EpisodeBatch, episode_loader
-from fsar.model import create_model
+from fsar.model import METHODS, create_model
 from fsar.training import batches_from, choose_precision, prepare_run, train, training_settings
 from test_methods import batch, forms, make
-from test_training import Episodes, ctrl_c, run, settings, tiny, weights
+from test_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
 
 backbones = pytest.mark.parametrize("name", sorted(BACKBONES))
 
@@ -132,6 +134,39 @@ def test_a_training_learns_the_same_bytes(tmp_path):
     assert run(tmp_path / "plain", settings(recompute=True)).reused
 
 
+# compiled
+
+def plain_body(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 1, 1))
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+
+
+@needs_compiler
+def test_a_compiled_backbone_learns_the_same_up_to_rounding(tmp_path, monkeypatch):
+    "Programs lie in the project's cache, weights keep their names, and without gradients the body runs as it is."
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("FSAR_CACHE", str(tmp_path / "cache"))
+    models = {}
+    for name in ("plain", "compiled"):
+        with torch_seed(0): models[name] = METHODS["protonet"](Backbone(plain_body(), 8), frames=2, classes=CLASSES)
+        models[name].config = {"method": "protonet", "backbone": "plain_body of the tests"}
+        run(tmp_path / name, settings(compile=name == "compiled", episodes=12), models[name])
+        assert models[name].backbone.compiled == (name == "compiled")
+    states = [m.state_dict() for m in models.values()]
+    assert list(states[0]) == list(states[1])
+    for key in states[0]: torch.testing.assert_close(states[1][key], states[0][key], rtol=1e-3, atol=1e-5, msg=key)
+    assert [f for f in (tmp_path / "cache" / "compiled").rglob("*") if f.is_file()], "programs were written, and there"
+    models["compiled"].backbone.set_compiled(False)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(models["compiled"].backbone.eval()(x), models["compiled"].backbone.body(x))
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FsarError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'"): prepare_run(settings(compile=True), tiny())
+
+
 # frozen statistics, and parts
 
 @backbones
@@ -202,6 +237,7 @@ def test_the_settings_reach_the_backbone_of_every_method(method, sampler, pretra
 
 
 @pytest.mark.parametrize("changes, words", [(dict(batch_norm="frozen"), "'batch_norm' can be 'frozen' only with 'weights'"), (dict(frames_at_once=8, weights="imagenet"), "'frames_at_once' needs 'batch_norm' 'frozen'"),
+                                            (dict(compile=True, recompute=True), "'compile' cannot go with 'recompute'"), (dict(compile=True, frames_at_once=8, batch_norm="frozen", weights="imagenet"), "'compile' cannot go with 'frames_at_once'"),
                                             (dict(frames_at_once=-1), "'frames_at_once' must be at least 0"), (dict(batch_norm="eval"), "'batch_norm' wants one of 'train', 'frozen'")])
 def test_settings_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(FsarError, match=words): Config(**changes)
@@ -209,7 +245,7 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
 
 def test_trainings_from_before_these_settings_are_still_their_own():
     ours = Config(method="otam", seed=3)
-    older = {k: v for k, v in ours.to_dict().items() if k not in ("batch_norm", "recompute", "frames_at_once")}
+    older = {k: v for k, v in ours.to_dict().items() if k not in ("batch_norm", "recompute", "compile", "frames_at_once")}
     assert differing(older, ours) == [] and Config.from_dict(older) == ours
     frozen = ours.replace(batch_norm="frozen", weights="imagenet", frames_at_once=8)
     assert differing(older, frozen) == ["weights", "batch_norm", "frames_at_once"] and {"batch_norm", "frames_at_once"} < training_settings(frozen, None).keys()
@@ -260,8 +296,9 @@ def test_an_episode_is_pinned_whole(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (pinned.append(x), x.clone())[1])
     episode = Episodes()[3]
     other = episode.pin_memory()
-    tensors = [x for x in vars(episode).values() if isinstance(x, torch.Tensor)]
-    assert isinstance(other, EpisodeBatch) and other.index == 3 and len(tensors) == 5 and all(a is b for a, b in zip(pinned, tensors))
+    assert isinstance(other, EpisodeBatch) and other.index == 3 and sum(isinstance(x, torch.Tensor) for x in vars(episode).values()) == 5
+    assert torch.equal(pinned[0], episode.clips) and all(a is b for a, b in zip(pinned[1:], (episode.support_labels, episode.query_labels, episode.class_ids))) and len(pinned) == 4
+    assert other.clips.data_ptr() == other.support.data_ptr(), "the clips went together and lie side by side"
     assert all(torch.equal(x, getattr(other, name)) for name, x in vars(episode).items() if isinstance(x, torch.Tensor))
 
 
