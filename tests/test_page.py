@@ -17,10 +17,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from fsar import page
 from fsar.cli import main
-from fsar.core import FsarError
+from fsar.core import FsarError, torch_seed
+from fsar.evaluation import testing
+from fsar.hub import Preprocessing, Pretrained
+from fsar.model import create_model
 from fsar.motions import render
 from fsar.page import Buttons, Desk, Limits, check_upload, seconds_of
 from fsar.predict import FewShotRecognizer, Support
@@ -72,6 +76,27 @@ def test_refused_by_name_and_without_folders(desk, known, clips, file, why):
     for call in (lambda: desk.ask(known, clips / file), lambda: desk.learn(known, "wave", [clips / "split_3.mp4", clips / file])):
         with pytest.raises(FsarError) as e: call()
         assert str(e.value).startswith(f"{file}: ") and why in str(e.value) and str(clips) not in str(e.value)
+
+
+def test_the_frames_that_a_sampler_picked(known, clips):
+    "VIM chooses 4 of 8 frames for this task: as its own `adapt` does, drawn as the others are not, and told in words."
+    with torch_seed(0): model = create_model("vim", backbone="resnet_micro", frames=4)
+    own = Desk(FewShotRecognizer(Pretrained(model, Preprocessing(short_side=72, size=64)), "cpu"))
+    support = Support()
+    for name in ("split", "merge"): support = own.learn(support, name, [clips / f"{name}_{k}.mp4" for k in range(2)])
+    answer = own.ask(support, clips / "split_3.mp4")
+    query, nearest = answer.picked
+    assert all(len(p) == 4 and p == sorted(set(p)) and set(p) <= set(range(8)) for p in answer.picked)
+    with testing(model): _, adapted = model.adapt(support.embedding, torch.tensor([0, 0, 1, 1]), model.embed(answer.prediction.pictures[0][None]))
+    assert adapted["chosen"][0].argmax(-1).tolist() == query
+    faint, plain = page.strip_of(answer.prediction.pictures[0], query), page.strip_of(answer.prediction.pictures[0])
+    side = answer.prediction.pictures[0].shape[-1]
+    pitch = side + (plain.shape[1] - 8 * side) // 7  # with the gap between two frames
+    for k in range(8):
+        middle = np.s_[8:-8, k * pitch + 8:k * pitch + side - 8]
+        assert np.array_equal(faint[middle], plain[middle]) == (k in query)
+    said = page.answer_html(answer)
+    assert all(f"The sampler picked frames {', '.join(str(k + 1) for k in picked)} of 8" in said for picked in (query, nearest))
 
 
 def test_visitors_do_not_see_one_another(desk, known, clips):
@@ -397,7 +422,7 @@ def test_serve_names_what_is_wrong(site, capsys):
 
 
 def test_uploads_end_after_their_time(recognizer, clips):
-    "The page goes on: its example is still there for who comes next."
+    "What was sent is gone after its time, and the page is still there."
     pytest.importorskip("gradio", reason="the page needs gradio (pip install 'fsar[web]')")
     with page.serving(recognizer, keep=2) as url:
         room = Path(os.environ["GRADIO_TEMP_DIR"])
