@@ -360,7 +360,7 @@ h1 a, h2 a, h3 a {display: none} a {color: #0173b2}
 p {margin: .6rem 0} img {max-width: 100%; height: auto; display: block; margin: .4rem auto}
 p > em:only-child {display: block; color: #555; font-size: .9rem; margin: -.1rem 0 1.2rem}
 table {border-collapse: collapse; font-size: .86rem; margin: .8rem 0 1.2rem; display: block; overflow-x: auto} th {text-align: left; border-bottom: 2px solid #222; padding: .3rem .9rem .3rem 0}
-td {border-bottom: 1px solid #e4e4e4; padding: .3rem .9rem .3rem 0; vertical-align: top; overflow-wrap: anywhere} td:first-child {white-space: nowrap}
+td {border-bottom: 1px solid #e4e4e4; padding: .3rem .9rem .3rem 0; vertical-align: top; overflow-wrap: anywhere} table:not(.sentences) td:first-child {white-space: nowrap}
 .headline {font: 600 2.6rem/1.1 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; margin: 1.4rem 0 .2rem} .headline small {font-size: 1rem; font-weight: 400; color: #555; display: block; margin-top: .5rem; line-height: 1.4}
 pre {background: #f5f5f5; padding: .7rem .9rem; font: .82rem/1.45 'DejaVu Sans Mono', Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere}
 .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link {display: none}

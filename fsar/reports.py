@@ -131,10 +131,11 @@ def headline_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
                           "chance": percent(r["chance"]), "episodes": f"{r['episodes']:,} from {drawn_from(metrics['data'], r['split'])}", "reading": verdict(r) + selection_note(metrics, r) + leak_note(metrics)}
                          for r in metrics["results"]])
 
-def show_table(table: pd.DataFrame) -> None:
+def show_table(table: pd.DataFrame, sentences: bool = False  # the first column holds sentences, not names, and may be broken
+               ) -> None:
     "Display `table` as HTML without its index."
     from IPython.display import HTML, display
-    display(HTML(table.to_html(index=False, border=0, justify="left")))
+    display(HTML(table.to_html(index=False, border=0, justify="left", classes="sentences" if sentences else None)))
 
 # %% ../nbs/40_reports.ipynb #67ad95ac
 def pairs_table(values: Mapping[str, Any], names: tuple[str, str] = ("", " ")) -> pd.DataFrame:
