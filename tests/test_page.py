@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from fsar import page
+from fsar import evaluation, page
 from fsar.cli import main
 from fsar.core import FsarError, torch_seed
-from fsar.evaluation import testing
 from fsar.hub import Preprocessing, Pretrained
 from fsar.model import create_model
 from fsar.motions import render
@@ -87,7 +86,7 @@ def test_the_frames_that_a_sampler_picked(known, clips):
     answer = own.ask(support, clips / "split_3.mp4")
     query, nearest = answer.picked
     assert all(len(p) == 4 and p == sorted(set(p)) and set(p) <= set(range(8)) for p in answer.picked)
-    with testing(model): _, adapted = model.adapt(support.embedding, torch.tensor([0, 0, 1, 1]), model.embed(answer.prediction.pictures[0][None]))
+    with evaluation.testing(model): _, adapted = model.adapt(support.embedding, torch.tensor([0, 0, 1, 1]), model.embed(answer.prediction.pictures[0][None]))
     assert adapted["chosen"][0].argmax(-1).tolist() == query
     faint, plain = page.strip_of(answer.prediction.pictures[0], query), page.strip_of(answer.prediction.pictures[0])
     side = answer.prediction.pictures[0].shape[-1]
