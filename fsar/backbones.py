@@ -160,10 +160,10 @@ def train(self: Backbone, mode: bool = True) -> Backbone:
 @extend(Backbone)
 def set_compiled(self: Backbone, on: bool) -> None:
     "Whether training passes run a program that torch writes for the body at the first of them; `FsarError` where there is no C++ compiler."
+    if on and not shutil.which(compiler := os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")):
+        raise FsarError(f"torch.compile needs a C++ compiler, and there is no {compiler!r} here: install one, name one with the variable CXX, or leave 'compile' off")
     self.compiled, self.body._compiled_call_impl = on, None  # the second is where torch keeps it
     if not on: return
-    if not shutil.which(compiler := os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")):
-        raise FsarError(f"torch.compile needs a C++ compiler, and there is no {compiler!r} here: install one, name one with the variable CXX, or leave 'compile' off")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     self.body.compile()
 

@@ -63,7 +63,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = _help("auto", "bf16 where the device computes this backbone faster in it, else fp32")
     batch_norm: Literal["train", "frozen"] = _help("train", "in training the backbone normalises by the statistics of each episode's frames ('train'), or by those stored with its pretrained weights, which then stay ('frozen', only with weights)")
     recompute: bool = _help(False, "compute the backbone's activations again in the backward pass: less memory, at least a third more time, the same numbers")
-    compile: bool = _help(False, "have torch.compile write programs for the backbone's training passes, which takes a minute or more at the start: numbers equal up to rounding, for long trainings on a GPU; `fsar bench --items compile` says what it brings on a device")
+    compile: bool = _help(False, "have torch.compile write programs for the backbone's training passes, which takes about a minute at the start: numbers equal up to rounding; meant for long trainings on a GPU; `fsar bench --items compile` says what it brings on a device")
     frames_at_once: int = _help(0, "frames pass the backbone so many at a time, each part computed again in the backward pass, so that memory grows with the part and not with the episode (only with batch_norm frozen); 0: all")
     validate_every: int = _help(150, "episodes between validations, 0 for none")
     val_episodes: int = _help(400, "validation episodes")
