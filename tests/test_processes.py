@@ -161,6 +161,7 @@ def own_accelerator(out):
     Accelerator()
     try: run(out)
     except FsarError as e: return str(e)
+    finally: torch.distributed.destroy_process_group()  # its own, and gloo's threads abort now and then in a program that ends with them
 
 
 def launch(name, out, *, launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"), timeout=150, **env):
