@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'RECORD', 'WEIGHTS', 'OPTIMIZER', 'beside', 'atomic_folder', 'tensor_bytes', 'CheckpointWarning', 'verified',
-           'newest_sound', 'save_model', 'load_model', 'trained_on', 'optimizer_tensors', 'restore_optimizer',
-           'save_state', 'read_state', 'restore_state']
+           'newest_sound', 'save_model', 'read_tensors', 'fill_model', 'load_model', 'trained_on', 'optimizer_tensors',
+           'restore_optimizer', 'save_state', 'read_state', 'restore_state']
 
 # %% ../nbs/30_checkpoints.ipynb #380f5938
 import contextlib, shutil, warnings
@@ -114,12 +114,12 @@ def _expect(folder: Path, found: str, wanted: str | None) -> None:
         raise FsarError(f"{folder} holds a model of the method {found!r}, but {wanted!r} was asked for: "
                         f"name a checkpoint of {wanted!r}, or ask for {found!r}")
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file; `FsarError` for a file of any other kind, such as a pickle."
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as e: raise FsarError(f"{path} is not a safetensors file ({e}); nothing else is read from a checkpoint") from e
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, record: str = RECORD) -> None:
+def fill_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, record: str = RECORD) -> None:
     "Copy weights into a model; every name and shape must fit."
     own = model.state_dict()
     wrong = sorted(k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape)
@@ -134,7 +134,7 @@ def load_model(folder: str | Path, expect_method: str | None = None  # refuse a 
     if "model" not in record: raise FsarError(f"{folder / RECORD} is not the record of a model")
     _expect(folder, record["model"]["method"], expect_method)
     model = create_model(**record["model"])  # its first weights are overwritten
-    _fill(model, _read_tensors(folder / WEIGHTS), folder)
+    fill_model(model, read_tensors(folder / WEIGHTS), folder)
     return model.eval()
 
 # %% ../nbs/30_checkpoints.ipynb #e7bc8bc5
@@ -183,5 +183,5 @@ def read_state(folder: str | Path, *, set_aside: bool = False  # rename a damage
 
 def restore_state(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     "Fill model and optimiser from a state that `read_state` found."
-    _fill(model, _read_tensors(place / WEIGHTS), place)
-    restore_optimizer(optimizer, _read_tensors(place / OPTIMIZER))
+    fill_model(model, read_tensors(place / WEIGHTS), place)
+    restore_optimizer(optimizer, read_tensors(place / OPTIMIZER))

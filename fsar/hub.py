@@ -23,11 +23,11 @@ from torch import Tensor
 
 import fsar
 from .augment import TestTransform
-from .checkpoints import RECORD, WEIGHTS, _fill, _read_tensors, load_model, newest_sound, tensor_bytes
+from .checkpoints import RECORD, WEIGHTS, fill_model, read_tensors, load_model, newest_sound, tensor_bytes
 from .config import Config
 from .core import FsarError, atomic_path, extend, nearest, read_json, resource, sha256_file, sha256_json, write_json, writing
 from .model import FewShotModel, create_model
-from .video import _shrink, decode_all, segment_indices, spread
+from .video import shrink, decode_all, segment_indices, spread
 
 # %% ../nbs/34_hub.ipynb #89eeab9f
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def clip_of(video: Video, preprocessing: Preprocessing,
 def squared(frames: np.ndarray,  # uint8 (T, H, W, 3)
             preprocessing: Preprocessing) -> Tensor:  # uint8 (T, 3, size, size)
     "Scaled to the short side as decoding does it, then the middle square at the model's size."
-    scaled = np.stack([_shrink(frame, preprocessing.short_side) for frame in frames])
+    scaled = np.stack([shrink(frame, preprocessing.short_side) for frame in frames])
     return TestTransform(preprocessing.size)(torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous())
 
 # %% ../nbs/34_hub.ipynb #0b6dce80
@@ -176,7 +176,7 @@ def _from_shared(folder: Path, given: Mapping[str, int | None]) -> Pretrained:
         Config(**{k: config["model"][k] for k in ("method", "backbone", "frames", "sampler")})  # of the right types
         model, preprocessing = create_model(**config["model"]), preprocessing_of(folder, config["preprocessing"], given)
     except (FsarError, TypeError, ValueError) as e: raise FsarError(f"{folder / CONFIG}: {e}") from e
-    _fill(model, _read_tensors(weights), folder, CONFIG)
+    fill_model(model, read_tensors(weights), folder, CONFIG)
     return Pretrained(model.eval(), preprocessing, *(config[k] for k in ("trained_on", "test", "calibration", "license")))
 
 # %% ../nbs/34_hub.ipynb #e0f89ea6

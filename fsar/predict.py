@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Examples', 'BATCH', 'SUPPORT', 'CHUNK', 'examples_of', 'Support', 'FewShotRecognizer', 'embed', 'small', 'learn',
            'add', 'remove', 'Nearest', 'Prediction', 'short', 'matcher_of', 'logits', 'prediction_figure',
-           'answers_table', 'figure', 'save_support', 'load_support', 'calibrate', 'trials', 'spans', 'Timeline',
-           'windows', 'save_pretrained', 'push_to_hub']
+           'draw_decision', 'answers_table', 'figure', 'save_support', 'load_support', 'calibrate', 'trials', 'spans',
+           'Timeline', 'windows', 'save_pretrained', 'push_to_hub']
 
 # %% ../nbs/36_predict.ipynb #e38fce09
 import html, itertools, json, math
@@ -276,7 +276,7 @@ def prediction_figure(predictions: Sequence[Prediction], most: int = 6  # classe
     "A row for each video: frames of query and nearest example, their alignment, and the probabilities."
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(len(predictions), 3, figsize=(12, 2.5 * len(predictions)), squeeze=False, width_ratios=(5.2, 1.5, 2.6), layout="constrained")
-    for row, p in zip(axes, predictions): _strips(row[0], p); _aligned(row[1], p); _bars(row[2], p, most)
+    for row, p in zip(axes, predictions): _strips(row[0], p); draw_decision(row[1], p); _bars(row[2], p, most)
     plt.close(figure)
     return figure
 
@@ -287,7 +287,8 @@ def _strips(ax: Any, p: Prediction) -> None:
     ax.set_title(short(p.video), loc="left", fontsize=10, fontweight="bold")
     ax.text(0, -0.04, below, transform=ax.transAxes, fontsize=9, va="top")
 
-def _aligned(ax: Any, p: Prediction) -> None:
+def draw_decision(ax: Any, p: Prediction) -> None:
+    "The similarities of a query's frames with those of its nearest example, (Tq, Ts), and the pairs that the alignment weighs most."
     ax.imshow(p.similarity, cmap="Greys", vmin=p.similarity.min(), vmax=p.similarity.max() + 1.2 * np.ptp(p.similarity) + 1e-6)
     query, support = np.indices(p.alignment.shape)
     ax.scatter(support, query, s=60 * p.alignment / max(p.alignment.max(), 1e-9), color=BLUE, edgecolor="white", linewidth=0.5)

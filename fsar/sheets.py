@@ -19,8 +19,8 @@ import matplotlib, numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import FsarError, atomic_path, extend, generator, nearest, writing
-from .splits import SPLITS, _some
-from .store import Store, _reader
+from .splits import SPLITS, some_of
+from .store import Store, open_frames
 from .video import spread
 
 # %% ../nbs/08_sheets.ipynb #53182aae
@@ -67,7 +67,7 @@ def _absent(store: Store, split: str | None, name: str) -> str:
     if len(sides): return f"class {name!r} of {store.path} is in {' and '.join(sides)}, not in {split}"
     if len(out): return f"class {name!r} of {store.path} has no video to show: all {len(out)} are left out, e.g. {out.video.iloc[0]}: {out.reason.iloc[0]}"
     known = list(store.index["class"].unique())
-    return f"{store.path} has no class {name!r}.{nearest(name, known)} Classes: {_some(known)}"
+    return f"{store.path} has no class {name!r}.{nearest(name, known)} Classes: {some_of(known)}"
 
 # %% ../nbs/08_sheets.ipynb #f0b21469
 class SheetWarning(UserWarning):
@@ -112,7 +112,7 @@ def plan(store: Store, *,
     shown = tuple(Section(name, side, _choose(rows, each, key(k)), len(rows)) for k, ((side, name), rows) in enumerate(list(groups.items())[:limit]))
     cut = _cut(shown, groups, min(each, limit), asked, limit)
     if cut: warnings.warn(SheetWarning(cut), stacklevel=3)
-    title = " · ".join([store.name, *filter(None, [split]), *([_some(classes, 3)] if classes else [])])
+    title = " · ".join([store.name, *filter(None, [split]), *([some_of(classes, 3)] if classes else [])])
     return Sheet(store, title, shown, left_out(store, split, classes), frames, height, cut)
 
 # %% ../nbs/08_sheets.ipynb #0a692088

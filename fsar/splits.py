@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BENCHMARKS', 'Benchmark', 'Split', 'video_name', 'load_split', 'verify', 'LeakWarning', 'Leak',
-           'same_classes', 'leaks', 'warn_leaks', 'SplitWarning', 'sources', 'folder_manifest', 'benchmark_name',
-           'benchmark_manifest']
+           'same_classes', 'leaks', 'warn_leaks', 'SplitWarning', 'some_of', 'sources', 'folder_manifest',
+           'benchmark_name', 'benchmark_manifest']
 
 # %% ../nbs/01_splits.ipynb #a0eb14d2
 import fnmatch, os, re, unicodedata, warnings
@@ -197,7 +197,7 @@ def _from_patterns(patterns: Mapping[str, str | Sequence[str]], classes: Sequenc
         if split not in SPLITS: raise FsarError(f"patterns for an unknown split {split!r}.{nearest(split, SPLITS)} Accepted: {', '.join(SPLITS)}")
         for glob in [globs] if isinstance(globs, str) else globs:
             hits = fnmatch.filter(classes, glob)
-            if not hits: raise FsarError(f"the {split} pattern {glob!r} matches no class.{nearest(glob, classes)} Classes: {_some(classes)}")
+            if not hits: raise FsarError(f"the {split} pattern {glob!r} matches no class.{nearest(glob, classes)} Classes: {some_of(classes)}")
             pairs += [(c, split) for c in hits]
     return _one_side(dict.fromkeys(pairs))
 
@@ -209,7 +209,8 @@ def _one_side(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
             raise FsarError(f"class {name!r} is in two splits, {side[name]} and {split}; a novel class must not be trained on")
     return side
 
-def _some(names: Sequence[str], most: int = 10) -> str:
+def some_of(names: Sequence[str], most: int = 10) -> str:
+    "The first of many names, and how many there are."
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 # %% ../nbs/01_splits.ipynb #f082bf9b
@@ -237,7 +238,7 @@ def folder_manifest(root: str | Path,  # holds <class>/<video>
     side = _sides(root, list(files), splits, patterns)
     empty, idle = [c for c in side if not files[c]], [c for c in files if files[c] and c not in side]
     if empty: raise FsarError(f"class {empty[0]!r} is empty: no videos in {root / empty[0]} (extensions: {' '.join(sorted(VIDEO_EXTENSIONS))})")
-    if idle: warnings.warn(SplitWarning(f"{root}: left out {len(idle)} of {len(files)} classes, which are in no split: {_some(idle)}"), stacklevel=2)
+    if idle: warnings.warn(SplitWarning(f"{root}: left out {len(idle)} of {len(files)} classes, which are in no split: {some_of(idle)}"), stacklevel=2)
     rows = [(f"{c}/{_stem(f)}", str(root / c / f), c, side[c]) for c in sorted(side) for f in files[c]]
     return _manifest(rows, sources([_stem(os.path.basename(r[1])) for r in rows], source) if source else None)
 
@@ -246,7 +247,7 @@ def _sides(root: Path, classes: Sequence[str], splits: str | Path | None, patter
     if patterns: return _from_patterns(patterns, classes)
     if splits or (root / "splits.csv").is_file(): return _from_csv(Path(splits or root / "splits.csv"), classes)
     raise FsarError(f"which classes of {root} are train, val and test? Give a CSV class,split (or write it to {root / 'splits.csv'}) or patterns, "
-                    f"e.g. {{'train': ['{classes[0]}*'], 'test': […]}}. Classes: {_some(classes)}")
+                    f"e.g. {{'train': ['{classes[0]}*'], 'test': […]}}. Classes: {some_of(classes)}")
 
 # %% ../nbs/01_splits.ipynb #845a9ee3
 def _manifest(rows: Sequence[tuple[str, str, str, str]], source: Sequence[str] | None = None) -> pd.DataFrame:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['X264', 'UNREADABLE', 'NOT_VIDEO', 'CONTAINERS', 'MAX_PIXELS', 'MAX_ASPECT', 'Pictures', 'Pick', 'DECORD_SEEKS',
-           'BATCH', 'BACKENDS', 'VideoError', 'write_video', 'VideoInfo', 'probe', 'decode', 'spread', 'decode_all',
-           'segment_indices']
+           'BATCH', 'BACKENDS', 'VideoError', 'write_video', 'shrink', 'VideoInfo', 'probe', 'seconds_of', 'decode',
+           'spread', 'decode_all', 'segment_indices']
 
 # %% ../nbs/02_video.ipynb #a8383a16
 import errno, functools, math, os, re, stat, time
@@ -248,7 +248,7 @@ def _picture(frame: av.VideoFrame, header: _Header) -> np.ndarray:
     upright = np.rot90(stored, -header.rotation // 90)
     return upright[:, ::-1] if header.mirrored else upright
 
-def _shrink(picture: np.ndarray, short_side: int | None) -> np.ndarray:
+def shrink(picture: np.ndarray, short_side: int | None) -> np.ndarray:
     "Scale so that the shorter side is `short_side` pixels (antialiased bilinear); None leaves it."
     height, width = picture.shape[:2]
     if short_side in (None, min(height, width)): return np.ascontiguousarray(picture)
@@ -264,7 +264,7 @@ def _read_pyav(header: _Header, pick: Pick, through: bool, short_side: int | Non
     def one_pass(wanted: set[int]) -> tuple[Pictures, int]:
         kept, count, last = {}, 0, max(wanted, default=-1)
         for count, frame in enumerate(_frames(header, clock), 1):
-            if count - 1 in wanted: kept[count - 1] = _shrink(_picture(frame, header), short_side)
+            if count - 1 in wanted: kept[count - 1] = shrink(_picture(frame, header), short_side)
             if not through and count > last: break
         return kept, count
     kept, count = one_pass(set(pick(header.packets)))
@@ -327,7 +327,7 @@ def _visit(reader: Any, indices: Sequence[int], wanted: set[int], short_side: in
         chunk = list(indices[start:start + size])
         for k, picture in zip(chunk, reader.get_batch(chunk).asnumpy()):
             before, last = last, picture
-            if k in wanted: kept[k] = _shrink(picture, short_side)
+            if k in wanted: kept[k] = shrink(picture, short_side)
     return kept, before is not None and np.array_equal(before, last)
 
 # %% ../nbs/02_video.ipynb #bd7c26c7
@@ -385,6 +385,14 @@ def probe(path: str | Path, *,
     "Read a file to its end and say what it holds. Errors: `VideoError` with path and reason."
     _, count, header, name = _read(path, lambda count: (), True, None, backend, timeout)
     return _info(count, header, name)
+
+# %% ../nbs/02_video.ipynb #fd92a64f
+def seconds_of(path: str | Path, timeout: float = 30.0) -> float:
+    "How long a video lasts, by its packets and by what its header claims, whichever is more. Errors: `VideoError`."
+    path = Path(path)
+    with _open(path) as (container, stream):
+        _, _, end = _scan(path, container, stream, _clock(path, timeout))
+        return max(end - (container.start_time or 0) / av.time_base, (container.duration or 0) / av.time_base)
 
 # %% ../nbs/02_video.ipynb #b5b23b18
 def decode(path: str | Path, indices: Sequence[int], *,

@@ -139,7 +139,7 @@ def test_frames_that_are_not_the_original_s(data):
     write_video(path, render("grow", 9, PRESETS["motions-mini"])[:10])
     key = fsar.store._key("rise/rise_1") + b"r"
     with fsar.store._writer(data.store.path) as env, env.begin(write=True) as transaction:
-        record = json.loads(transaction.get(key)) | fsar.store._stamp(str(path))
+        record = json.loads(transaction.get(key)) | fsar.store.file_stamp(str(path))
         transaction.put(key, json.dumps(record).encode())
     found = check_store(open_store(data.store.path), progress=False)
     assert not found.sound and found.different == ("rise/rise_1",) and not found.damaged

@@ -220,7 +220,7 @@ def test_prepared_from_a_messy_tree(benchmark_store):
     lines = (root / "store" / "missing.csv").read_text().splitlines()
     assert len(lines) == told["missing"] + 1
     files = {v: sha256_file(root / "videos" / p) for v, p in expected.items()}
-    records = store_module._records(store_module._reader(str(root / "store" / "frames.lmdb")), store.index.video)
+    records = store_module._records(store_module.open_frames(str(root / "store" / "frames.lmdb")), store.index.video)
     assert all(record["file"] == files[v] for v, record in zip(store.index.video, records))  # every video is the file of its own name
 
 

@@ -88,6 +88,11 @@ def test_a_notebook_imports_only_lower_numbers():
     assert len(order) > 15 and not wrong
 
 
+def test_a_name_with_an_underscore_stays_in_its_module():
+    nodes = {file.name: ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for file in (ROOT / "fsar").rglob("*.py")}
+    assert not [f"{file}: {a.name}" for file, found in nodes.items() for node in found if isinstance(node, ast.ImportFrom) and node.level for a in node.names if re.match("_[a-z]", a.name)]
+
+
 def test_every_runtime_import_is_a_declared_requirement():
     parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
     parser.read(ROOT / "settings.ini")

@@ -25,9 +25,9 @@ from fsar.core import FsarError, torch_seed
 from fsar.hub import Preprocessing, Pretrained
 from fsar.model import create_model
 from fsar.motions import render
-from fsar.page import Buttons, Desk, Limits, check_upload, seconds_of
+from fsar.page import Buttons, Desk, Limits, check_upload
 from fsar.predict import FewShotRecognizer, Support
-from fsar.video import decode_all, write_video
+from fsar.video import decode_all, seconds_of, write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MAX_MB, MAX_SECONDS = 1, 4

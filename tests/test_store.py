@@ -415,7 +415,7 @@ def test_full_disk(videos, tmp_path, store):
 # brought in step with a list or files that change
 
 def entries(store: Store) -> dict[bytes, bytes]:
-    with fsar.store._reader(str(store.path / "frames.lmdb")).begin() as transaction:
+    with fsar.store.open_frames(str(store.path / "frames.lmdb")).begin() as transaction:
         return {k: v for k, v in transaction.cursor() if k.endswith(b"f")}
 
 
