@@ -38,7 +38,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 200) -> None:
     "Wait for something to become true."
     end = time.monotonic() + seconds
     while not condition():
@@ -88,7 +88,7 @@ def nodes() -> Iterator[Nodes]:
         yield nodes
         ray.shutdown()
         nodes.cluster.shutdown()
-        until(lambda: not marked(mark), 30)
+        until(lambda: not marked(mark), 90)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def square(n: int, out: Path) -> None:
 
 def wait_for_go(n: int, out: Path) -> None:
     note(out, n)
-    until((out / "go").exists, 120)
+    until((out / "go").exists, 400)
     (out / f"{n}.txt").write_text("done")
 
 
@@ -139,7 +139,7 @@ def slow(n: int, out: Path) -> None:
 @needs_ray
 def test_a_killed_worker_is_replaced_and_an_item_that_raises_ends_alone(nodes, tmp_path):
     def kill() -> None:
-        until(lambda: started(tmp_path, 4), 120)
+        until(lambda: started(tmp_path, 4), 400)
         os.kill(started(tmp_path, 4)[0][0], signal.SIGKILL)
     killer = threading.Thread(target=kill)
     killer.start()
@@ -166,7 +166,7 @@ def test_a_node_that_dies_gives_its_item_to_another(nodes, unasked, capfd, tmp_p
     capfd.readouterr()
 
     def remove() -> None:
-        until(lambda: all(started(tmp_path, n) for n in range(3)), 120)
+        until(lambda: all(started(tmp_path, n) for n in range(3)), 400)
         nodes.cluster.remove_node(third, allow_graceful=False)
         (tmp_path / "go").touch()
     remover = threading.Thread(target=remove)
@@ -186,7 +186,7 @@ def test_when_the_caller_stops_asking_what_is_under_way_ends_and_the_cluster_sta
     with pytest.raises(FsarError, match="connected to a Ray cluster already"): next(on_ray(print, [1], address=nodes.address, folder=tmp_path))
     running.close()
     pids = [pid for n in (1, 2, 3) for pid, _ in started(tmp_path, n)]
-    until(lambda: not any(map(alive, pids)), 10)
+    until(lambda: not any(map(alive, pids)), 60)
     assert not ray.is_initialized() and len(started(tmp_path, 3)) == 0, "what was waiting has never started"
     assert sum(n["Alive"] for n in nodes.cluster.global_state.node_table()) == 2
 
@@ -195,7 +195,7 @@ def test_when_the_caller_stops_asking_what_is_under_way_ends_and_the_cluster_sta
 def test_without_a_node_that_can_run_it_an_item_ends(nodes, unasked, tmp_path):
     large = nodes.add(cpus=2)
     running = on_ray(functools.partial(wait_for_go, out=tmp_path), [0], address=nodes.address, folder=tmp_path, cpus=2)
-    remover = threading.Thread(target=lambda: (until(lambda: started(tmp_path, 0), 120), nodes.cluster.remove_node(large, allow_graceful=False)))
+    remover = threading.Thread(target=lambda: (until(lambda: started(tmp_path, 0), 400), nodes.cluster.remove_node(large, allow_graceful=False)))
     remover.start()
     (item, reason), = running
     remover.join()
@@ -302,11 +302,11 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
         assert driver.stdout.readline() == "0 ''\n"
         until(lambda: (place / "results" / "1.txt").exists())
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to everyone in the foreground
-        out, error = driver.communicate(timeout=60)
+        out, error = driver.communicate(timeout=200)
     finally: driver.kill()
     assert out == "" and error.startswith("Traceback") and error.endswith("KeyboardInterrupt\n") and "[20" not in error, "none of Ray's own lines"
     assert (place / "results" / "0.txt").read_text() == f"2 {place}"
-    until(lambda: not marked(mark), 30)
+    until(lambda: not marked(mark), 90)
     assert not list(home.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"home", "place"} and {p.name for p in (place / "results").iterdir()} == {"0.txt", "1.txt"}
 
 
