@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'T', 'SELECTION', 'constant', 'cosine', 's
            'explain', 'EveryNth', 'batches_from', 'TrainingResult', 'train']
 
 # %% ../nbs/32_training.ipynb #ecf2e2f0
-import contextlib, csv, datetime, gc, math, multiprocessing, os, sys, time
+import atexit, contextlib, csv, datetime, gc, math, multiprocessing, os, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -99,7 +99,12 @@ def _join(device: torch.device) -> None:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.type == "cuda" and here > gpus: raise FsarError(f"{here} processes were started on a machine with {gpus} GPUs: start {gpus}, or choose --device cpu")
     state = PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=1))  # the first may have data to prepare, and the others wait
+    atexit.register(_abandon)
     _check_known(state.num_processes)
+
+def _abandon() -> None:
+    "At the program's end: take a group down that an error has left standing. The threads of gloo's would abort the program now and then, and with it its exit status; NCCL's might wait for the others."
+    if world()[1] > 1 and torch.distributed.get_backend() == "gloo": torch.distributed.destroy_process_group()
 
 def _check_known(count: int) -> None:
     "`FsarError` unless Accelerate works with as many processes as there are."

@@ -164,6 +164,16 @@ def own_accelerator(out):
     finally: torch.distributed.destroy_process_group()  # its own, and gloo's threads abort now and then in a program that ends with them
 
 
+@case
+def abandoned(out):
+    "A group that an error leaves standing; what is said at the end is said after all of fsar's own farewells."
+    import atexit
+    atexit.register(lambda: os.write(1, f"STANDING {torch.distributed.is_initialized()}\n".encode()))
+    try:
+        with processes("cpu"): raise FsarError("all of them")
+    except FsarError: return torch.distributed.is_initialized()
+
+
 def launch(name, out, *, launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"), timeout=150, **env):
     "What the processes of a case say, by rank."
     answer = started([sys.executable, "-m", *launcher, __file__, name, str(out)], timeout, **env)
@@ -323,6 +333,11 @@ def test_an_accelerator_made_too_early_is_noticed(tmp_path):
     if torch.cuda.is_available(): pytest.skip("a machine with a GPU forms the group whatever the Accelerator was made for")
     found = launch("own_accelerator", tmp_path / "run")
     assert found[0] == found[1] and "there are 2 processes, but Accelerate works with 1: make no Accelerator before" in found[0]
+
+
+def test_a_group_that_an_error_left_standing_is_taken_down_at_the_end(tmp_path):
+    answer = started([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "abandoned", tmp_path / "run"])
+    assert answer.returncode == 0 and said(answer) == {0: True, 1: True} and answer.stdout.count("STANDING False") == 2
 
 
 def test_a_group_without_a_launcher_is_noticed(tmp_path):
