@@ -23,11 +23,11 @@ from torch import Tensor
 
 import fsar
 from .augment import TestTransform
-from .checkpoints import RECORD, WEIGHTS, fill_model, read_tensors, load_model, newest_sound, tensor_bytes
+from .checkpoints import RECORD, WEIGHTS, fill_model, load_model, newest_sound, read_tensors, tensor_bytes
 from .config import Config
 from .core import FsarError, atomic_path, extend, nearest, read_json, resource, sha256_file, sha256_json, write_json, writing
 from .model import FewShotModel, create_model
-from .video import shrink, decode_all, segment_indices, spread
+from .video import decode_all, segment_indices, shrink, spread
 
 # %% ../nbs/34_hub.ipynb #89eeab9f
 @dataclass(frozen=True)

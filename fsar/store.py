@@ -18,7 +18,7 @@ import lmdb, simplejpeg
 import numpy as np, pandas as pd, torch
 
 from .core import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, size_text, track, write_json, writing
-from .decoding import file_stamp, decode_many
+from .decoding import decode_many, file_stamp
 
 # %% ../nbs/04_store.ipynb #6093f092
 def cut(block: bytes | memoryview,  # what `pack` made

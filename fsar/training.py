@@ -103,7 +103,7 @@ def _join(device: torch.device) -> None:
     _check_known(state.num_processes)
 
 def _abandon() -> None:
-    "At the program's end: take a group down that an error has left standing. The threads of gloo's would abort the program now and then, and with it its exit status; NCCL's might wait for the others."
+    "At the program's end, take down a gloo group that an error has left standing; NCCL might wait for the others."
     if world()[1] > 1 and torch.distributed.get_backend() == "gloo": torch.distributed.destroy_process_group()
 
 def _check_known(count: int) -> None:

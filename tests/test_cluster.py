@@ -88,7 +88,7 @@ def nodes() -> Iterator[Nodes]:
         yield nodes
         ray.shutdown()
         nodes.cluster.shutdown()
-        until(lambda: not marked(mark), 90)
+        until(lambda: not marked(mark), 30)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_when_the_caller_stops_asking_what_is_under_way_ends_and_the_cluster_sta
     with pytest.raises(FsarError, match="connected to a Ray cluster already"): next(on_ray(print, [1], address=nodes.address, folder=tmp_path))
     running.close()
     pids = [pid for n in (1, 2, 3) for pid, _ in started(tmp_path, n)]
-    until(lambda: not any(map(alive, pids)), 60)
+    until(lambda: not any(map(alive, pids)), 10)
     assert not ray.is_initialized() and len(started(tmp_path, 3)) == 0, "what was waiting has never started"
     assert sum(n["Alive"] for n in nodes.cluster.global_state.node_table()) == 2
 
@@ -302,11 +302,11 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
         assert driver.stdout.readline() == "0 ''\n"
         until(lambda: (place / "results" / "1.txt").exists())
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to everyone in the foreground
-        out, error = driver.communicate(timeout=200)
+        out, error = driver.communicate(timeout=60)
     finally: driver.kill()
     assert out == "" and error.startswith("Traceback") and error.endswith("KeyboardInterrupt\n") and "[20" not in error, "none of Ray's own lines"
     assert (place / "results" / "0.txt").read_text() == f"2 {place}"
-    until(lambda: not marked(mark), 90)
+    until(lambda: not marked(mark), 30)
     assert not list(home.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"home", "place"} and {p.name for p in (place / "results").iterdir()} == {"0.txt", "1.txt"}
 
 
