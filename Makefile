@@ -31,16 +31,16 @@ check-exports: $(STAMP)
 	@$(BIN)/python tests/check_exports.py
 
 test-notebooks: $(STAMP)
-	@echo "running the notebooks, one torch thread each" && OMP_NUM_THREADS=1 FSAR_QUIET=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo "running the notebooks, one torch thread each" && OMP_NUM_THREADS=1 FSAR_QUIET=1 $(BIN)/nbdev-test --n_workers 2 --timing
 
 test-python: $(DOCS)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
-	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb && $(BIN)/nbdev_clean
+	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*/*.ipynb && $(BIN)/nbdev-clean
 
 readme: $(STAMP)  ## fill in the table of nbs/index.ipynb from the reports and make README.md of it
-	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
+	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/index.ipynb && $(BIN)/nbdev-clean --fname nbs/index.ipynb
 	@$(BIN)/python tests/readme.py
 
 docs: $(DOCS)  ## build the site from notebooks, package and reports: _docs/index.html

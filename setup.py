@@ -10,9 +10,9 @@ parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 readme = HERE / "README.md"
 
-# Three top-level folders travel inside the package: the split lists, the papermill templates and a trained model.
-carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/experiments", "fsar.models": "models"}
-carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"], "fsar.models": ["*/*.json", "*/*.safetensors", "*/*.md"]}
+# Two folders outside the package travel inside it: the split lists and the papermill templates.
+carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/templates"}
+carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"]}
 
 setup(
     name=cfg["lib_name"],
@@ -39,6 +39,6 @@ setup(
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),
     package_dir=carried,
-    package_data={"fsar": ["py.typed"], **carried_data},
+    package_data={"fsar": ["py.typed", "predict/models/*/*"], **carried_data},
     zip_safe=False,
 )

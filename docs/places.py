@@ -1,4 +1,4 @@
-"""Where things of the repository stand on the site. A page keeps the path of its source: nbs/24_molo.ipynb is nbs/24_molo.html."""
+"""Where things of the repository stand on the site. A page keeps the path of its source: nbs/40_methods/molo.ipynb is nbs/24_molo.html."""
 import posixpath
 import re
 from configparser import ConfigParser

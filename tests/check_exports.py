@@ -34,17 +34,17 @@ def cells_without_id(folder: Path) -> list[str]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         copy = copy_of_checkout(Path(temporary))
-        for tool in ("nbdev_export", "nbdev_clean"):
+        for tool in ("nbdev-export", "nbdev-clean"):
             subprocess.run([str(Path(sys.executable).parent / tool)], cwd=copy, check=True)
         wrong = [f"{p}: the notebook has a cell without an id" for p in cells_without_id(ROOT / "nbs")]
         for folder, pattern in (("fsar", "*.py"), ("nbs", "*.ipynb")):
             ours, fresh = relative_files(ROOT / folder, pattern), relative_files(copy / folder, pattern)
             for p in sorted(ours | fresh):
                 if p not in ours or p not in fresh or not filecmp.cmp(ROOT / folder / p, copy / folder / p, shallow=False):
-                    wrong.append(f"{folder}/{p}: not what its notebook exports (run nbdev_export, then nbdev_clean)")
+                    wrong.append(f"{folder}/{p}: not what its notebook exports (run nbdev-export, then nbdev-clean)")
         if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): wrong.append("README.md: not what nbs/index.ipynb gives (run make readme)")
         if wrong: sys.exit("out of step:\n  " + "\n  ".join(wrong))
-    print("in step: nbdev_export and nbdev_clean change nothing, README.md is the index")
+    print("in step: nbdev-export and nbdev-clean change nothing, README.md is the index")
 
 
 if __name__ == "__main__": main()

@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_motions(tmp_path_factory) -> Path:
     "A rendered folder data set: 6 base, 5 validation and 5 novel classes, six videos of 12 frames each, 48 pixels."
-    from fsar import motions
+    from fsar.data import motions
     classes = [name for split, count in (("train", 6), ("val", 5), ("test", 5)) for name in list(motions.split_classes(split))[:count]]
     config = replace(motions.PRESETS["motions-mini"], name="tiny", size=48, frames=12, videos_per_class=6, classes=tuple(classes))
     return motions.render_dataset(tmp_path_factory.mktemp("motions") / "tiny", config, workers=1, progress=False)
@@ -37,8 +37,8 @@ def tiny_motions(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_store(tiny_motions, tmp_path_factory):
     "The prepared store of `tiny_motions`."
-    from fsar.splits import folder_manifest
-    from fsar.store import prepare
+    from fsar.data.splits import folder_manifest
+    from fsar.data.store import prepare
     return prepare(folder_manifest(tiny_motions), tmp_path_factory.mktemp("store") / "tiny", short_side=48, workers=1, progress=False)
 
 
@@ -46,7 +46,7 @@ def tiny_store(tiny_motions, tmp_path_factory):
 def says_its_origin():
     "A check that a report's metrics.json says where its numbers come from, and that its command is one of ours with that --out."
     import shlex
-    from fsar.cli import parse
+    from fsar.cli.main import parse
 
     def check(metrics: dict, out: Path, *hashed: str) -> None:
         wanted = {"command": str, "seeds": list, "hashes": dict, "versions": dict, "device": str, "peak_memory": dict, "wall_time_s": float, "finished": str, "headline": str}

@@ -38,8 +38,8 @@ def run_python(code: str, site: Path, cwd: Path) -> str:
 def test_wheel_finds_its_split_lists_and_templates(installed, tmp_path):
     code = """
 import fsar, json
-from fsar.core import resource
-from fsar.splits import BENCHMARKS, load_split
+from fsar.core.basics import resource
+from fsar.data.splits import BENCHMARKS, load_split
 print(json.dumps([fsar.__file__, str(resource("data_splits")), sorted(p.name for p in resource("templates").iterdir()),
                   {b: len(load_split(b, "test").videos) for b in BENCHMARKS}]))"""
     package, lists, templates, tests = json.loads(run_python(code, installed, tmp_path))
@@ -48,7 +48,7 @@ print(json.dumps([fsar.__file__, str(resource("data_splits")), sorted(p.name for
 
 
 def test_wheel_carries_a_trained_model(installed, tmp_path):
-    code = "from fsar.hub import load_pretrained, shipped; print(*map(str, shipped().values())); print(load_pretrained('molo-motions-mini').model.config['method'])"
+    code = "from fsar.predict.hub import load_pretrained, shipped; print(*map(str, shipped().values())); print(load_pretrained('molo-motions-mini').model.config['method'])"
     places, method = run_python(code, installed, tmp_path).splitlines()
     assert Path(places).is_relative_to(installed) and method == "molo"
     assert "Provides-Extra: hub" in (next(installed.glob("fsar-*.dist-info")) / "METADATA").read_text()
@@ -57,7 +57,7 @@ def test_wheel_carries_a_trained_model(installed, tmp_path):
 def test_wheel_carries_types_licence_and_console_script(installed):
     assert (installed / "fsar" / "py.typed").exists() and not (installed / "tests").exists()
     info = next(installed.glob("fsar-*.dist-info"))
-    assert "fsar = fsar.cli:main" in (info / "entry_points.txt").read_text()
+    assert "fsar = fsar.cli.main:main" in (info / "entry_points.txt").read_text()
     metadata = (info / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in metadata and "Provides-Extra: dev" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
@@ -72,7 +72,7 @@ def test_readme_python_runs_as_it_stands(installed, tmp_path):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; sys.argv = ['fsar', '--help']\nfrom fsar.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys; sys.argv = ['fsar', '--help']\nfrom fsar.cli.main import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.strip() == "False"
 
 

@@ -1,0 +1,97 @@
+"""Hot paths do no more than they did, and what they do grows no faster than their formulas: by counts of operations, which know no noise."""
+from dataclasses import replace
+
+import operations
+import pytest
+import torch
+
+from fsar.core.basics import read_json, torch_seed
+from fsar.bench.growth import QUICK, SCORE, Plan, Task, answering_episodes, counts, exponents, growth, learning, scoring, subject
+from fsar.model.matching import MATCHERS
+from fsar.model.base import load_methods
+
+METHODS = sorted(load_methods())
+RECORDED = read_json(operations.BUDGETS)
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.mark.parametrize("name", operations.paths())
+def test_a_path_keeps_to_its_budget(name):
+    wrong = operations.objections(name, operations.measured(name), RECORDED["paths"].get(name))
+    assert not wrong, "\n".join([*wrong, f"(recorded with torch {RECORDED['torch']}, this is {torch.__version__})"])
+
+
+def test_budgets_are_for_what_there_is():
+    assert set(RECORDED["paths"]) == set(operations.paths())
+
+
+def test_a_budget_can_be_broken():
+    budget = {"multiply_adds": 1000, "elements": 100, "calls": 100}
+    say = lambda **now: " ".join(operations.objections("otam score", budget | now, budget))
+    assert not say() and not say(calls=104, elements=96)                             # what another version of torch may do
+    for now in (dict(multiply_adds=1001), dict(calls=106), dict(elements=106)):
+        name, value = next(iter(now.items()))
+        assert f"otam score: {value:,} {name.replace('_', '-')}, the budget is {budget[name]:,}" in say(**now) and "does more" in say(**now)
+    assert "so that it stays" in say(multiply_adds=999) and "so that it stays" in say(calls=90)
+    assert "no budget yet" in operations.objections("mine score", budget, None)[0]
+
+
+def calls_of(work, method: str, tasks: list[Task]) -> list[int]:
+    "How many operators each task takes."
+    with torch_seed(0): return [counts(work(subject(method, task.frames), task)).calls for task in tasks]
+
+
+@methods
+@pytest.mark.parametrize("work", [scoring, learning], ids=["score", "learn"])
+def test_no_loop_over_ways_shots_or_queries(method, work):
+    small = Task(frames=4, ways=3, shots=2, queries=2)
+    tasks = [small, replace(small, ways=6), replace(small, shots=5), replace(small, queries=7)]
+    found = calls_of(work, method, tasks)
+    assert max(found) <= 1.05 * min(found)                                           # TRX chooses between two forms of a length, a few calls apart; a loop would double or triple them
+
+
+@methods
+def test_calls_do_not_grow_with_frames_but_for_a_sweep_over_them(method):
+    found = calls_of(scoring, method, [Task(frames=T, ways=3) for T in (5, 8, 11, 14)])
+    steps = {b - a for a, b in zip(found, found[1:])}
+    assert len(steps) == 1 and (steps.pop() > 0) == (method == "otam")               # linear in T, or not at all
+
+
+@pytest.mark.parametrize("name", sorted(MATCHERS))
+def test_a_matcher_has_no_loop_over_pairs(name):
+    found = [counts(lambda: MATCHERS[name](torch.zeros(*lead, 6, 6))).calls for lead in ((1, 1), (7, 5), (4, 7, 5))]
+    assert len(set(found)) == 1
+
+
+@methods
+def test_a_test_has_no_loop_within_a_batch(method):
+    one = subject(method, 4)
+    episodes = [counts(answering_episodes(one, Task(frames=4, ways=3, episodes=E), batch_size=16)).calls for E in (2, 9, 16)]
+    videos = [counts(lambda V=V: torch.no_grad()(one.model.embed)(operations.noise((V, one.model.clip_frames, 3, 32, 32), torch.uint8))).calls for V in (2, 7)]
+    assert len(set(episodes)) == 1 and len(set(videos)) == 1
+    twice = counts(answering_episodes(one, Task(frames=4, ways=3, episodes=32), batch_size=16)).calls
+    assert 1.5 < twice / episodes[0] <= 2                                            # two batches
+
+
+def test_every_method_has_a_formula():
+    assert set(SCORE) == set(METHODS), "declare the terms of the method's formula in SCORE (nbs/90_bench/03_growth.ipynb)"
+
+
+LONG = Plan({"frames": (8, 16, 32), "ways": (3, 12), "shots": (4, 32), "queries": (2, 8), "videos": (4, 8), "episodes": (4, 8)}, backbone="resnet_micro", rounds=0, most=1e9, most_written=1e8)
+
+
+@methods
+def test_no_method_grows_faster_than_its_formula(method):
+    found = exponents(growth([method], LONG))
+    exact = found[found["measure"] != "seconds"]
+    wrong = exact[exact["judged"].eq(False)]
+    assert wrong.empty, wrong.to_string()
+    assert exact[exact["measure"] == "elements"]["judged"].eq(True).all()            # nothing that was not judged
+
+
+def test_work_that_grows_faster_is_noticed():
+    table = growth(["protonet"], replace(QUICK, rounds=0), works=["score"])
+    worse = table.assign(multiply_adds=table["multiply_adds"] * table["value"], elements=table["elements"] * table["value"] ** 2)
+    found = exponents(worse).set_index(["dimension", "measure"])["judged"]
+    assert not found["shots", "multiply_adds"] and not found["queries", "elements"]
+    assert exponents(table)["judged"].ne(False).all()
