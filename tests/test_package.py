@@ -38,7 +38,7 @@ def run_python(code: str, site: Path, cwd: Path) -> str:
 def test_wheel_finds_its_split_lists_and_templates(installed, tmp_path):
     code = """
 import fsar, json
-from fsar.core.basics import resource
+from fsar.core.files import resource
 from fsar.data.splits import BENCHMARKS, load_split
 print(json.dumps([fsar.__file__, str(resource("data_splits")), sorted(p.name for p in resource("templates").iterdir()),
                   {b: len(load_split(b, "test").videos) for b in BENCHMARKS}]))"""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ACCEPTED', 'Backbone', 'channels_last', 'ResidualBlock', 'resnet_micro', 'steps_of', 'segments',
-           'Untracked', 'again', 'block_by_block', 'train', 'set_compiled', 'read_weights', 'read_state_dict',
-           'load_weights', 'trained_backbone', 'create_backbone', 'numbered_resnet']
+           'Untracked', 'again', 'read_weights', 'read_state_dict', 'load_weights', 'trained_backbone',
+           'create_backbone', 'numbered_resnet']
 
 # %% ../../nbs/20_backbones/00_base.ipynb #05ebf19a
 import contextlib, os, pickle, re, shutil, sys, warnings
@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from ..core.basics import FsarError, Registry, cache_dir, extend
+from ..core.basics import FsarError, Registry
+from ..core.files import cache_dir
 
 BACKBONES: Registry = Registry("backbone")
 
@@ -51,6 +52,28 @@ class Backbone(nn.Module):
         if not 0 < self.at_once < len(frames): return maps(frames)
         if self.training and not self.frozen: raise FsarError("frames pass a backbone in parts (at_once) only when it is frozen: else each part would be normalised by statistics of its own")
         return torch.cat([again(maps, part, self.body) for part in frames.split(self.at_once)])
+
+    def block_by_block(self, frames: Tensor) -> Tensor:
+        "The body's feature maps; of each segment only the input is kept."
+        for part in segments(self.body): frames = again(part, frames, part)
+        return frames
+
+    def train(self, mode: bool = True) -> "Backbone":
+        "Training mode; with `frozen` all norms keep to their stored statistics."
+        nn.Module.train(self, mode)
+        if self.frozen:
+            for m in self.body.modules():
+                if isinstance(m, _BatchNorm): m.eval()
+        return self
+
+    def set_compiled(self, on: bool) -> None:
+        "Whether training passes run a program that torch writes for the body at the first of them; `FsarError` where there is no C++ compiler."
+        if on and not shutil.which(compiler := os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")):
+            raise FsarError(f"torch.compile needs a C++ compiler, and there is no {compiler!r} here: install one, name one with the variable CXX, or leave 'compile' off")
+        self.compiled, self.body._compiled_call_impl = on, None  # the second is where torch keeps it
+        if not on: return
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+        self.body.compile()
 
 # %% ../../nbs/20_backbones/00_base.ipynb #ffffd65c
 def channels_last(model: nn.Module) -> nn.Module:
@@ -138,34 +161,6 @@ def again(maps: Callable[[Tensor], Tensor], frames: Tensor,
           ) -> Tensor:
     "`maps(frames)`, of which nothing is kept but the input: the backward pass computes it a second time."
     return checkpoint(maps, frames, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Untracked(body)))
-
-# %% ../../nbs/20_backbones/00_base.ipynb #d53142c6
-@extend(Backbone)
-def block_by_block(self: Backbone, frames: Tensor) -> Tensor:
-    "The body's feature maps; of each segment only the input is kept."
-    for part in segments(self.body): frames = again(part, frames, part)
-    return frames
-
-# %% ../../nbs/20_backbones/00_base.ipynb #5e8f8ccb
-@extend(Backbone)
-def train(self: Backbone, mode: bool = True) -> Backbone:
-    "Training mode; with `frozen` all norms keep to their stored statistics."
-    nn.Module.train(self, mode)
-    if self.frozen:
-        for m in self.body.modules():
-            if isinstance(m, _BatchNorm): m.eval()
-    return self
-
-# %% ../../nbs/20_backbones/00_base.ipynb #f287deca
-@extend(Backbone)
-def set_compiled(self: Backbone, on: bool) -> None:
-    "Whether training passes run a program that torch writes for the body at the first of them; `FsarError` where there is no C++ compiler."
-    if on and not shutil.which(compiler := os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")):
-        raise FsarError(f"torch.compile needs a C++ compiler, and there is no {compiler!r} here: install one, name one with the variable CXX, or leave 'compile' off")
-    self.compiled, self.body._compiled_call_impl = on, None  # the second is where torch keeps it
-    if not on: return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-    self.body.compile()
 
 # %% ../../nbs/20_backbones/00_base.ipynb #170721ca
 ACCEPTED = "a .safetensors file, or one written by torch.save (.pth, .pyth, .pt, .tar) that holds nothing but tensors, numbers and texts"

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from ..core.config import Config
-from ..core.basics import FsarError, keep_freed_memory, peak_resident, torch_seed
+from ..core.basics import FsarError, torch_seed
+from ..core.machine import keep_freed_memory, peak_resident
 from ..data.episodes import EpisodeBatch
-from ..model.base import create_model
-from ..engine.training import Run, prepare_run, run_step
+from ..model.registry import create_model
+from ..engine.run import Run, prepare_run
+from ..engine.training import run_step
 
 # %% ../../nbs/90_bench/05_costs.ipynb #65032a51
 def noise(config: Config, frames: int  # of a clip, as the model takes it

@@ -23,11 +23,11 @@ import av, lmdb, numpy as np, pandas as pd, torch
 from PIL import Image
 
 import fsar
-from ..core.basics import VIDEO_EXTENSIONS, FsarError, Registry, generator
+from ..data.video import VIDEO_EXTENSIONS, decode, decode_all, segment_indices, spread, write_video
+from ..core.basics import FsarError, Registry, generator
 from ..data.decoding import pack
 from ..data.motions import PRESETS, render
 from ..data.store import unpack
-from ..data.video import decode, decode_all, segment_indices, spread, write_video
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 

@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.basics import FsarError, nearest, torch_seed, track
 from ..data.episodes import EpisodeBatch, EpisodeTable
 from ..engine.evaluation import embed_videos, predict_episodes
-from ..model.base import Embedding, FewShotModel, create_model, load_methods, widened
-from .sizes import FAKE, episode, noise
+from ..model.base import Embedding, FewShotModel, widened
+from ..model.registry import create_model, load_methods
+from ..model.counting import FAKE, episode, noise
 from .timing import in_turns, peak_memory
 
 # %% ../../nbs/90_bench/03_growth.ipynb #33bb0492

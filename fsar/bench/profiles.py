@@ -23,15 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from ..core.basics import FsarError, keep_freed_memory, torch_seed
+from ..core.basics import FsarError, torch_seed
+from ..core.machine import keep_freed_memory
 from ..data.episodes import EpisodeBatch
 from .growth import Task, counts, noise_batch
 from ..methods.molo import MotionDecoder
 from ..methods.trx import TRX, TupleAttention, add_slots, project_slots
-from ..model.base import FewShotModel, by_class, class_slots, create_model
-from .sizes import amount, noise
+from ..model.base import FewShotModel
+from ..model.blocks import by_class, class_slots
+from ..model.registry import create_model
+from ..model.counting import amount, noise
 from .timing import Ratio, finish, in_turns, profiling, ratio, seconds
-from ..engine.training import make_optimizer
+from ..engine.optimisers import make_optimizer
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #4cf852c3
 def training_step(model: FewShotModel, batch: EpisodeBatch, *, optimizer: str = "adamw", precision: Literal["fp32", "bf16"] = "fp32") -> Callable[[], None]:

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from ..backbones.base import Backbone
 from ..core.basics import FsarError
-from ..data.episodes import EpisodeClips, EpisodeTable, VideoClips
+from ..data.episodes import EpisodeClips, EpisodeTable, VideoClips, episode_batch
 from ..engine.evaluation import testing
-from ..experiments.runs import episode_batch
 from ..model.matching import frame_similarity
-from ..model.base import FewShotModel, sinusoids
+from ..model.base import FewShotModel
+from ..model.blocks import sinusoids
 from ..data.store import original
 from ..data.video import segment_indices, spread
 

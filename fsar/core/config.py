@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .basics import FsarError, nearest, sha256_json
+from .basics import FsarError, nearest
+from .files import sha256_json
 
 # %% ../../nbs/00_core/03_config.ipynb #87961220
 def _help(default: Any, text: str) -> Any:

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 
 import pandas as pd, rarfile
 
-from ..core.basics import FsarError, track, writing
+from ..core.basics import FsarError, track
+from ..core.files import writing
 
 # %% ../../nbs/10_data/03_archives.ipynb #4dec2afe
 MAGIC = {b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"Rar!\x1a\x07": "rar", b"\x1f\x8b\x08": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config
-from ..core.basics import FsarError, cache_dir, nearest, sha256_json, size_text, track, writing
+from ..core.basics import FsarError, nearest, track
+from ..core.files import cache_dir, sha256_json, size_text, writing
 
 # %% ../../nbs/10_data/09_datasets.ipynb #ec2dd88d
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def prepared(config: Config, *, progress: bool = True, **how: Any) -> dict[str, 
 def _plain(value: Any) -> Any: return value.item() if hasattr(value, "item") else value
 
 def _save_classes(store: Any, table: Any) -> None:
-    from fsar.core.basics import atomic_path
+    from fsar.core.files import atomic_path
     with atomic_path(store.path / "classes.csv") as temporary: table.to_csv(temporary, index=False, lineterminator="\n", errors="surrogateescape")
 
 # %% ../../nbs/10_data/09_datasets.ipynb #f64a5832

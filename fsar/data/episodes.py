@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClassPool', 'class_pool', 'separable', 'draw', 'Episode', 'EpisodeSampler', 'EpisodeTable', 'episode_table',
            'write_table', 'read_table', 'EpisodeBatch', 'beside', 'EpisodeClips', 'VideoClips', 'episode_loader',
-           'begin_worker', 'draw_episode']
+           'begin_worker', 'draw_episode', 'episode_batch']
 
 # %% ../../nbs/10_data/11_episodes.ipynb #4c7920a2
 import functools, json, sys
@@ -21,9 +21,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.basics import FsarError, generator, nearest
+from ..core.files import atomic_path, sha256_arrays, sha256_json
+from ..core.machine import keep_freed_memory
 from .augment import TestTransform, TrainTransform
-from ..core.basics import FsarError, atomic_path, generator, keep_freed_memory, nearest, sha256_arrays, sha256_json
-from .motions import film_strip
+from .pictures import film_strip
 from .store import Store
 from .video import segment_indices
 
@@ -388,3 +390,12 @@ def _verdict(name: str, names: Sequence[str], way: int, guess: int | None) -> tu
     "Title and colour of a query's strip."
     if guess is None: return f"query: {name}", "black"
     return (f"query: {name} ✓", "tab:green") if guess == way else (f"query: {name} ✗ taken for {names[guess]}", "tab:red")
+
+# %% ../../nbs/10_data/11_episodes.ipynb #e9651962
+def episode_batch(clips: Any,  # VideoClips that hold the episode's videos
+                  episode: Any) -> Any:  # Episode → EpisodeBatch
+    "A test episode with its pixels, centred."
+    import torch
+    support, query = (torch.stack([clips[int(clips.row_to_position[row])] for row in rows]) for rows in (episode.support, episode.query))
+    labels, asked, ids = (torch.as_tensor(a.astype("int64")) for a in (episode.support_labels, episode.query_labels, episode.classes))
+    return EpisodeBatch(support, labels, query, asked, ids, 0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMIT', 'FEW', 'MANY', 'RANGES', 'INK', 'MUTED', 'PAPER', 'GAP', 'WIDTH', 'MARGIN', 'LISTED', 'STYLE', 'PAGE',
            'VIEWS', 'left_out', 'Section', 'SheetWarning', 'Sheet', 'plan', 'readable', 'shorten', 'line', 'join',
-           'strip', 'notes', 'picture', 'contact_sheet', 'page', 'write_sheet']
+           'strip', 'contact_sheet', 'write_sheet']
 
 # %% ../../nbs/10_data/12_sheets.ipynb #94b18544
 import base64, functools, io, math, re, textwrap, warnings
@@ -18,9 +18,10 @@ from typing import Any
 import matplotlib, numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from ..core.basics import FsarError, atomic_path, extend, generator, nearest, writing
+from ..core.basics import FsarError, generator, nearest
+from ..core.files import atomic_path, writing
 from .splits import SPLITS, some_of
-from .store import Store, open_frames
+from .store import Store
 from .video import spread
 
 # %% ../../nbs/10_data/12_sheets.ipynb #53182aae
@@ -92,6 +93,54 @@ class Sheet:
     frames: int           # of each video
     height: int           # pixels of a frame
     cut: str              # what the limit leaves out, in words; empty when nothing
+
+    def notes(self) -> list[str]:
+        "What the sheet shows and how to see more, in sentences."
+        shown, there = (sum(n) for n in zip(*((len(s.rows), s.usable) for s in self.sections)))
+        counts = f"{_of(shown, there, 'video')} of {len(self.sections)} class{'' if len(self.sections) == 1 else 'es'}; up to {self.frames} frames of each, from first to last."
+        more = "More of one class:" if len(self.sections) > 1 else "More of it, with a larger number of videos:"
+        hint = f"{more} fsar data show {self.store.path.name} --class NAME --out FOLDER" if shown < there else ""
+        return [counts, *filter(None, [hint, self.cut])]
+
+    def picture(self) -> Image.Image:
+        "The sheet as a picture."
+        cells = [[_captioned(strip(self.store, r, self.frames, self.height), *_label(self.store, r)) for r in s.rows] for s in self.sections]
+        rows = [_flow(row) for row in cells]
+        width = max(640, *(r.width for r in rows))
+        parts = [join([line(self.title, width, size=20, bold=True), *_wrapped(self.notes(), width)], 4, down=True)]
+        parts += [join([_heading(s.name, s.facts, width), r], 6, down=True) for s, r in zip(self.sections, rows)]
+        if len(self.absent): parts.append(_absences(self.absent, width))
+        return _framed(join(parts, 22, down=True))
+
+    def _section_html(self, k: int) -> str:
+        s = self.sections[k]
+        figures = "".join(_figure(self.store, row, self.frames, self.height) for row in s.rows)
+        return f'<section id="class-{k}"><h2>{_text(s.name)} <small>{_text(s.facts)}</small></h2>\n<div class="grid">\n{figures}</div></section>\n'
+
+    def _contents(self) -> str:
+        "Links to the classes, a paragraph for each split."
+        links: dict[str, list[str]] = {}
+        for k, s in enumerate(self.sections): links.setdefault(s.split, []).append(f'<a href="#class-{k}">{_text(s.name)}</a>')
+        if len(self.absent): links["left out"] = [f'<a href="#absent">{_of(len(self.absent), len(self.absent), "video")}</a>']
+        if len(self.sections) == 1 and len(links) == 1: return ""
+        return '<nav aria-label="Classes">' + "\n".join(f"<p><b>{_text(split)}</b> {' '.join(found)}</p>" for split, found in links.items()) + "</nav>\n"
+
+    def _absent_html(self) -> str:
+        if not len(self.absent): return ""
+        cells = [[_text(str(value)) for value in row] for row in self.absent.head(LISTED[1]).itertuples(index=False)]
+        rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in cells)
+        more = f'<p class="note">{len(self.absent) - len(cells):,} more are listed in the folder of the store.</p>' if len(self.absent) > len(cells) else ""
+        return (f'<section id="absent"><h2>Not in the store <small>{_of(len(self.absent), len(self.absent), "video")}</small></h2>\n'
+            f"<table><tr><th>video</th><th>class</th><th>split</th><th>reason</th></tr>\n{rows}</table>{more}</section>\n")
+
+    def page(self) -> str:
+        "The sheet as a page of HTML that needs no other file."
+        notes = "".join(f'<p class="note">{_text(text)}</p>\n' for text in self.notes())
+        views = "".join(f'<label><input type="radio" name="view" id="{v}"{" checked" * (v == "one")}>{text}</label>\n' for v, text in VIEWS.items())
+        shape = np.median([self.store.index.width.iloc[r] / self.store.index.height.iloc[r] for s in self.sections for r in s.rows])
+        sections = "".join(self._section_html(k) for k in range(len(self.sections)))
+        main = f'<main style="--shape: {shape:.3f}; --most: {self.frames}">\n{sections}{self._absent_html()}</main>'
+        return PAGE.format(title=_text(self.title), style=STYLE, body=f"<h1>{_text(self.title)}</h1>\n{notes}{self._contents()}<p>{views}</p>\n{main}")
 
 def plan(store: Store, *,
          split: str | None = None,                    # train, val or test; None: all
@@ -201,25 +250,7 @@ def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
 # %% ../../nbs/10_data/12_sheets.ipynb #c52c0b36
 WIDTH, MARGIN = 1840, 24  # pixels: a sheet grows no wider unless one strip is
 
-@extend(Sheet)
-def notes(self) -> list[str]:
-    "What the sheet shows and how to see more, in sentences."
-    shown, there = (sum(n) for n in zip(*((len(s.rows), s.usable) for s in self.sections)))
-    counts = f"{_of(shown, there, 'video')} of {len(self.sections)} class{'' if len(self.sections) == 1 else 'es'}; up to {self.frames} frames of each, from first to last."
-    more = "More of one class:" if len(self.sections) > 1 else "More of it, with a larger number of videos:"
-    hint = f"{more} fsar data show {self.store.path.name} --class NAME --out FOLDER" if shown < there else ""
-    return [counts, *filter(None, [hint, self.cut])]
 
-@extend(Sheet)
-def picture(self) -> Image.Image:
-    "The sheet as a picture."
-    cells = [[_captioned(strip(self.store, r, self.frames, self.height), *_label(self.store, r)) for r in s.rows] for s in self.sections]
-    rows = [_flow(row) for row in cells]
-    width = max(640, *(r.width for r in rows))
-    parts = [join([line(self.title, width, size=20, bold=True), *_wrapped(self.notes(), width)], 4, down=True)]
-    parts += [join([_heading(s.name, s.facts, width), r], 6, down=True) for s, r in zip(self.sections, rows)]
-    if len(self.absent): parts.append(_absences(self.absent, width))
-    return _framed(join(parts, 22, down=True))
 
 def _flow(cells: Sequence[Image.Image]) -> Image.Image:
     "Cells in rows of at most `WIDTH` pixels, as words in lines."
@@ -305,43 +336,8 @@ def _figure(store: Store, row: int, frames: int, height: int) -> str:
     return (f'<figure tabindex="0" style="--n: {len(jpegs)}; --still: {len(jpegs) // 2}"><div class="window"><div class="reel">{pictures}</div></div>'
             f"<figcaption>{name} <small>{facts}</small></figcaption></figure>\n")
 
-@extend(Sheet)
-def _section_html(self, k: int) -> str:
-    s = self.sections[k]
-    figures = "".join(_figure(self.store, row, self.frames, self.height) for row in s.rows)
-    return f'<section id="class-{k}"><h2>{_text(s.name)} <small>{_text(s.facts)}</small></h2>\n<div class="grid">\n{figures}</div></section>\n'
-
-# %% ../../nbs/10_data/12_sheets.ipynb #334b3fc8
-@extend(Sheet)
-def _contents(self) -> str:
-    "Links to the classes, a paragraph for each split."
-    links: dict[str, list[str]] = {}
-    for k, s in enumerate(self.sections): links.setdefault(s.split, []).append(f'<a href="#class-{k}">{_text(s.name)}</a>')
-    if len(self.absent): links["left out"] = [f'<a href="#absent">{_of(len(self.absent), len(self.absent), "video")}</a>']
-    if len(self.sections) == 1 and len(links) == 1: return ""
-    return '<nav aria-label="Classes">' + "\n".join(f"<p><b>{_text(split)}</b> {' '.join(found)}</p>" for split, found in links.items()) + "</nav>\n"
-
-@extend(Sheet)
-def _absent_html(self) -> str:
-    if not len(self.absent): return ""
-    cells = [[_text(str(value)) for value in row] for row in self.absent.head(LISTED[1]).itertuples(index=False)]
-    rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in cells)
-    more = f'<p class="note">{len(self.absent) - len(cells):,} more are listed in the folder of the store.</p>' if len(self.absent) > len(cells) else ""
-    return (f'<section id="absent"><h2>Not in the store <small>{_of(len(self.absent), len(self.absent), "video")}</small></h2>\n'
-            f"<table><tr><th>video</th><th>class</th><th>split</th><th>reason</th></tr>\n{rows}</table>{more}</section>\n")
-
 # %% ../../nbs/10_data/12_sheets.ipynb #a5b26955
 VIEWS = {"one": "a video plays under the pointer", "all": "all play", "strips": "strips of frames"}
-
-@extend(Sheet)
-def page(self) -> str:
-    "The sheet as a page of HTML that needs no other file."
-    notes = "".join(f'<p class="note">{_text(text)}</p>\n' for text in self.notes())
-    views = "".join(f'<label><input type="radio" name="view" id="{v}"{" checked" * (v == "one")}>{text}</label>\n' for v, text in VIEWS.items())
-    shape = np.median([self.store.index.width.iloc[r] / self.store.index.height.iloc[r] for s in self.sections for r in s.rows])
-    sections = "".join(self._section_html(k) for k in range(len(self.sections)))
-    main = f'<main style="--shape: {shape:.3f}; --most: {self.frames}">\n{sections}{self._absent_html()}</main>'
-    return PAGE.format(title=_text(self.title), style=STYLE, body=f"<h1>{_text(self.title)}</h1>\n{notes}{self._contents()}<p>{views}</p>\n{main}")
 
 # %% ../../nbs/10_data/12_sheets.ipynb #707c0ffb
 def _slug(title: str) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core.basics import VIDEO_EXTENSIONS, FsarError, nearest, resource, sha256_file
+from .video import VIDEO_EXTENSIONS
+from ..core.basics import FsarError, nearest
+from ..core.files import resource, sha256_file
 
 # %% ../../nbs/10_data/01_splits.ipynb #545e5948
 SPLITS = ("train", "val", "test")

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'SAMPLE', 'RESERVE', 'COMMIT', 'INDEX', 'QUARANTINE', 'MISSING', 'cut', 'unpack', 'open_frames',
-           'QuarantineWarning', 'prepare', 'Store', 'split', 'classes', 'summary', 'listed', 'check', 'blocks',
-           'original', 'open_store']
+           'QuarantineWarning', 'prepare', 'Store', 'blocks', 'original', 'open_store']
 
 # %% ../../nbs/10_data/08_store.ipynb #6e2b67e4
 import contextlib, functools, hashlib, json, os, shutil, time, warnings
@@ -17,7 +16,8 @@ from typing import Any
 import lmdb, simplejpeg
 import numpy as np, pandas as pd, torch
 
-from ..core.basics import FsarError, atomic_path, extend, read_json, sha256_file, sha256_json, size_text, track, write_json, writing
+from ..core.basics import FsarError, track
+from ..core.files import atomic_path, read_json, sha256_file, sha256_json, size_text, write_json, writing
 from .decoding import decode_many, file_stamp
 
 # %% ../../nbs/10_data/08_store.ipynb #6093f092
@@ -309,38 +309,32 @@ class Store:
             except (TypeError, ValueError, OSError) as e:
                 raise FsarError(f"{self.path}: the frames of {self.index.video.iloc[row]!r} are damaged ({e}): delete the folder and prepare it again") from e
 
-# %% ../../nbs/10_data/08_store.ipynb #02b0afad
-@extend(Store)
-def split(self, name: str) -> np.ndarray:  # (V,) rows
-    "Rows of the videos of one side."
-    sides = list(self.index.split.unique())
-    if name not in sides: raise FsarError(f"{self.path} has no {name!r} videos; its splits: {', '.join(sides)}")
-    return np.flatnonzero(self.index.split == name)
+    def split(self, name: str) -> np.ndarray:  # (V,) rows
+        "Rows of the videos of one side."
+        sides = list(self.index.split.unique())
+        if name not in sides: raise FsarError(f"{self.path} has no {name!r} videos; its splits: {', '.join(sides)}")
+        return np.flatnonzero(self.index.split == name)
 
-@extend(Store)
-def classes(self, split: str) -> tuple[str, ...]:
-    "Class names of one side, in the order of the index."
-    return tuple(self.index["class"].iloc[self.split(split)].unique())
+    def classes(self, split: str) -> tuple[str, ...]:
+        "Class names of one side, in the order of the index."
+        return tuple(self.index["class"].iloc[self.split(split)].unique())
 
-@extend(Store)
-def summary(self) -> pd.DataFrame:  # one row a split
-    "How many of how many videos can be used, and how long they are."
-    rows = {}
-    for name, part in self.index.groupby("split", sort=False):
-        rows[name] = {"classes": part["class"].nunique(), "videos": f"{len(part)} of {self.listed(name)}", "fewest in a class": part["class"].value_counts().min(),
-                      "frames": f"{part.frames.min()}–{part.frames.max()}", "sources": part.source.nunique()}
-    return pd.DataFrame(rows).T
+    def summary(self) -> pd.DataFrame:  # one row a split
+        "How many of how many videos can be used, and how long they are."
+        rows = {}
+        for name, part in self.index.groupby("split", sort=False):
+            rows[name] = {"classes": part["class"].nunique(), "videos": f"{len(part)} of {self.listed(name)}", "fewest in a class": part["class"].value_counts().min(),
+                          "frames": f"{part.frames.min()}–{part.frames.max()}", "sources": part.source.nunique()}
+        return pd.DataFrame(rows).T
 
-@extend(Store)
-def listed(self, split: str) -> int:
-    "How many videos one side should have: those that can be used, those in quarantine and those that were not there."
-    return sum(int((table["split"] == split).sum()) for table in (self.index, self.quarantine, self.missing))
+    def listed(self, split: str) -> int:
+        "How many videos one side should have: those that can be used, those in quarantine and those that were not there."
+        return sum(int((table["split"] == split).sum()) for table in (self.index, self.quarantine, self.missing))
 
-@extend(Store)
-def check(self) -> None:
-    "Read every stored frame block again and compare its hash; `FsarError` at the first that is damaged."
-    damaged, _ = blocks(self, progress=False)
-    if damaged: raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
+    def check(self) -> None:
+        "Read every stored frame block again and compare its hash; `FsarError` at the first that is damaged."
+        damaged, _ = blocks(self, progress=False)
+        if damaged: raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
 
 # %% ../../nbs/10_data/08_store.ipynb #a310e5f5
 def blocks(store: Store, progress: bool = True) -> tuple[list[str], int]:  # damaged videos, number of blocks that belong to no video of the index

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['X264', 'UNREADABLE', 'NOT_VIDEO', 'CONTAINERS', 'MAX_PIXELS', 'MAX_ASPECT', 'Pictures', 'Pick', 'DECORD_SEEKS',
-           'BATCH', 'BACKENDS', 'VideoError', 'write_video', 'shrink', 'VideoInfo', 'probe', 'seconds_of', 'decode',
-           'spread', 'decode_all', 'segment_indices']
+           'BATCH', 'BACKENDS', 'VIDEO_EXTENSIONS', 'VideoError', 'write_video', 'shrink', 'VideoInfo', 'probe',
+           'seconds_of', 'decode', 'spread', 'decode_all', 'segment_indices']
 
 # %% ../../nbs/10_data/00_video.ipynb #a8383a16
 import errno, functools, math, os, re, stat, time
@@ -19,10 +19,11 @@ from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
 from PIL import Image
+from av.stream import Disposition
 
-from ..core.basics import FsarError, atomic_path, nearest
+from ..core.basics import FsarError, nearest
+from ..core.files import atomic_path
 
 # %% ../../nbs/10_data/00_video.ipynb #c1befa22
 class VideoError(FsarError):
@@ -437,3 +438,6 @@ def segment_indices(frames: int,                                  # F, frames in
     sizes = np.diff(edges)                          # (T,) 0 where frames repeat
     offsets = (sizes - 1) // 2 if generator is None else np.floor(generator.random(count) * sizes).astype(np.int64)
     return edges[:-1] + np.maximum(offsets, 0)
+
+# %% ../../nbs/10_data/00_video.ipynb #afe54083
+VIDEO_EXTENSIONS = frozenset(".mp4 .avi .webm .mkv .mov .m4v .mpg .mpeg .wmv .flv .3gp .ogv .ts".split())  # in lower case

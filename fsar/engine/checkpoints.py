@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import fsar
-from ..core.basics import FsarError, fsync, read_json, sha256_file, sha256_json, write_json, writing
-from ..model.base import FewShotModel, create_model
+from ..core.basics import FsarError
+from ..core.files import fsync, read_json, sha256_file, sha256_json, write_json, writing
+from ..model.base import FewShotModel
+from ..model.registry import create_model
 
 # %% ../../nbs/50_engine/04_checkpoints.ipynb #5c0e9357
 def beside(folder: Path, suffix: str) -> Path:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..backbones.base import read_weights
 from .checkpoints import RECORD, save_model
-from ..core.basics import FsarError, extend, sha256_file
-from ..model.base import METHODS, FewShotModel, create_model, load_methods, translated
+from ..core.basics import FsarError
+from ..core.files import sha256_file
+from ..model.base import METHODS, FewShotModel, translated
+from ..model.registry import create_model, load_methods
 
 # %% ../../nbs/50_engine/10_importers.ipynb #830e55e3
 WRAPPERS = ("model_state", "model_state_dict", "state_dict")
@@ -83,21 +85,20 @@ class ImportReport:
         "Missing entries that the authors' checkpoints should have."
         return tuple(name for name in self.missing if name not in self.lacking)
 
+    def __str__(self) -> str:
+        "The report as text."
+        lines = [f"{self.file} as {self.method}: {len(self.mapped)} entries filled, {len(self.missing)} missing, {len(self.unused)} unused"
+                 + (f"; {self.classes} base classes" if self.classes else "")]
+        lines += _listed("MISSING in the file, so these are random", self.unexpected)
+        lines += _listed("not in the file, as is known of the authors' checkpoints", self.lacking)
+        lines += _listed("unused", [f"{name}: {what}" for name, what in self.unused.items()])
+        return "\n".join(lines + _listed("shape or type differ", [f"{name}: {how}" for name, how in self.changed.items()]))
+
 # %% ../../nbs/50_engine/10_importers.ipynb #d53d14c0
 def _listed(title: str, entries: Sequence[str], most: int = 12) -> list[str]:
     "Indented lines under a title; beyond `most`, their number."
     rest = [f"    … and {len(entries) - most} more"] if len(entries) > most else []
     return [f"  {title}:", *(f"    {entry}" for entry in entries[:most]), *rest] if entries else []
-
-@extend(ImportReport)
-def __str__(self: ImportReport) -> str:
-    "The report as text."
-    lines = [f"{self.file} as {self.method}: {len(self.mapped)} entries filled, {len(self.missing)} missing, {len(self.unused)} unused"
-             + (f"; {self.classes} base classes" if self.classes else "")]
-    lines += _listed("MISSING in the file, so these are random", self.unexpected)
-    lines += _listed("not in the file, as is known of the authors' checkpoints", self.lacking)
-    lines += _listed("unused", [f"{name}: {what}" for name, what in self.unused.items()])
-    return "\n".join(lines + _listed("shape or type differ", [f"{name}: {how}" for name, how in self.changed.items()]))
 
 # %% ../../nbs/50_engine/10_importers.ipynb #13d58876
 def _released(method: str) -> type[FewShotModel]:

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor
 
 from ..core.config import Config
-from ..core.basics import FsarError, read_json, resource, writing
-from .comparison import difference, parse_rows
+from ..core.basics import FsarError
+from ..core.files import read_json, resource, writing
+from ..engine.results import Result, difference
 from ..engine.checkpoints import load_model
-from ..engine.evaluation import Result, embed_videos, evaluate, testing
+from ..engine.evaluation import embed_videos, evaluate, testing
 from . import runs as experiments
-from .runs import Data, clips_of, episode_batch, prepare_rendered, table_of
+from ..reports import notebooks
+from ..data.datasets import Data
+from ..data.datasets import prepare_rendered
+from .protocol import clips_of, table_of
+from ..data.episodes import episode_batch
 from ..model.base import FewShotModel
 from ..data.motions import PRESETS, split_classes
 
@@ -151,13 +156,13 @@ def claims_report(methods: str | Path, out: str | Path, *, levels: Sequence[floa
     "Measure and write claims.ipynb, report.html, metrics.json and the figures to `out`."
     out, source = Path(out), resource("templates") / "claims.ipynb"
     given = {"methods": str(methods), "out": str(out), "levels": list(levels), "episodes": episodes}
-    experiments.check_template(source, given)
+    notebooks.check_template(source, given)
     if len(levels) < 2 or not all(0 <= level <= 1 for level in levels): raise FsarError(f"levels={list(levels)}: two or more settings of the dial from 0 to 1")
     if episodes < 2: raise FsarError(f"episodes={episodes}: at least 2")
     trained(methods)
-    experiments.check_kind(out, "claims", "gains")
+    notebooks.check_kind(out, "claims", "gains")
     with writing(out): out.mkdir(parents=True, exist_ok=True)
-    experiments.produce(source, out, given, {"config": {}, "config_hash": "", "template": "claims"}, progress)
+    notebooks.produce(source, out, given, {"config": {}, "config_hash": "", "template": "claims"}, progress)
     metrics = read_json(out / "metrics.json")
     print(f"{metrics['headline']}\nreport: {out / 'report.html'}")
     return metrics

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.basics import FsarError, writing
+from ..core.basics import FsarError
+from ..core.files import writing
 
 # %% ../../nbs/70_experiments/02_cluster.ipynb #884881fc
 def import_ray() -> Any:

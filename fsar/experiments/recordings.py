@@ -18,15 +18,20 @@ import numpy as np
 import pandas as pd
 
 from . import runs as experiments
+from ..reports import notebooks
 from ..engine.checkpoints import load_model
-from .comparison import Row, parse_rows
+from .rows import Row, parse_rows
 from ..core.config import Config
-from ..core.basics import FsarError, read_json, resource, writing
+from ..core.basics import FsarError
+from ..core.files import read_json, resource, writing
 from ..data.episodes import EpisodeTable, class_pool
-from ..engine.evaluation import embed_videos, mean_ci95, predict_episodes
-from .runs import Data, clips_of, model_for, prepare_rendered, table_of, training_episodes
+from ..engine.evaluation import embed_videos, predict_episodes
+from ..engine.results import mean_ci95
+from ..data.datasets import Data
+from .protocol import clips_of, model_for, table_of, training_episodes
 from ..model.base import FewShotModel
-from ..data.motions import PRESETS, MotionsConfig, film_strip, split_classes
+from ..data.motions import PRESETS, MotionsConfig, split_classes
+from ..data.pictures import film_strip
 from ..data.splits import BENCHMARKS, SPLITS, Split, load_split
 from ..engine.training import train
 
@@ -197,14 +202,14 @@ def groups_report(out: str | Path, *, checkpoint: str = "",  # a run whose model
     "Measure and write groups.ipynb, report.html, metrics.json and the figures to `out`."
     out, source = Path(out), resource("templates") / "groups.ipynb"
     given = {"checkpoint": str(checkpoint), "methods": list(methods), "seeds": list(seeds), "recordings": recordings, "takes": takes, "weights": weights, "train_episodes": train_episodes, "episodes": episodes, "out": str(out)}
-    experiments.check_template(source, given)
+    notebooks.check_template(source, given)
     for name, least in (("episodes", 2), ("train_episodes", 1), ("recordings", 2), ("takes", 2)):
         if given[name] < least: raise FsarError(f"{name}={given[name]}: at least {least}")
     if not seeds: raise FsarError("name at least one seed")
     parse_rows(methods)
-    experiments.check_kind(out, "groups", "shares")
+    notebooks.check_kind(out, "groups", "shares")
     with writing(out): out.mkdir(parents=True, exist_ok=True)
-    experiments.produce(source, out, given, {"config": {}, "config_hash": "", "template": "groups"}, progress)
+    notebooks.produce(source, out, given, {"config": {}, "config_hash": "", "template": "groups"}, progress)
     metrics = read_json(out / "metrics.json")
     print(f"{metrics['headline']}\nreport: {out / 'report.html'}")
     return metrics

@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from . import comparison
-from . import runs as experiments
+from . import comparison, protocol, rows as experiments_rows, runs as experiments
+from ..engine import results as engine_results
+from ..reports import side_by_side
 from .claims import dialled, tested_on
-from .comparison import HOW, Row, changed, difference, named, row_numbers
+from .rows import HOW, Row
+from ..engine.results import difference, row_numbers
 from ..core.config import Config
-from ..core.basics import FsarError, Registry, read_json, sha256_file, track, write_json
+from ..core.basics import FsarError, Registry, track
+from ..core.files import read_json, sha256_file, write_json
 from ..data.motions import PRESETS
 from ..reports.published import published
 from ..reports.figures import ACCENT, INK, duration, percent
@@ -38,7 +41,7 @@ class Study:
     "A comparison with rows of its own."
     title: str
     about: str  # one line for the command's help
-    rows: tuple[str, ...]  # see fsar.experiments.comparison.parse_row
+    rows: tuple[str, ...]  # see fsar.experiments.rows.parse_row
     reference: str = ""  # label of the row that differences are to; empty: the first
     table: str = ""  # of the published results, see fsar.published
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of Config that are not as in RECIPE
@@ -255,7 +258,7 @@ def _change(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 def _noise(p: Mapping[str, Any]) -> float:
     "The larger of a point's two intervals."
     n = len(p["per_seed"])
-    return max(p["ci95"], comparison.t_quantile(n - 1) * float(np.std(p["per_seed"], ddof=1)) / n ** 0.5 if n > 1 else 0.0)
+    return max(p["ci95"], engine_results.t_quantile(n - 1) * float(np.std(p["per_seed"], ddof=1)) / n ** 0.5 if n > 1 else 0.0)
 
 # %% ../../nbs/70_experiments/08_studies.ipynb #b2332c2f
 def printed_curve(table: str = "more ways") -> list[dict[str, Any]]:
@@ -283,7 +286,7 @@ def check_levels(config: Config, levels: Sequence[float]) -> None:
 
 def _kept(file: Path, weights: str, measure: Callable[[], Any], episodes: int) -> Any:  # Result
     "A result of these weights from its file, or measured and written there."
-    from fsar.engine.evaluation import Result
+    from fsar.engine.results import Result
     stored = read_json(file) if file.exists() else {}
     if stored.get("weights") == weights and stored["result"]["episodes"] == episodes: return Result.from_dict(stored["result"])
     result = measure()
@@ -305,7 +308,7 @@ def backbone_table(metrics: Mapping[str, Any]) -> Any:  # pandas.DataFrame
     "The rows' backbones: parameters, multiply-adds of a frame, time of a training, accuracies."
     import pandas as pd
     from fsar.backbones.base import create_backbone
-    from fsar.bench.sizes import amount, count_verb, noise
+    from fsar.model.counting import amount, count_verb, noise
     def line(label: str, row: Mapping[str, Any]) -> dict[str, str]:
         own = {**metrics["config"], **row["changes"]}
         net, size = create_backbone(own["backbone"]).eval(), own["size"]
@@ -324,7 +327,7 @@ def opening(metrics: Mapping[str, Any]) -> None:
     "Title, notes, failed runs."
     from IPython.display import Markdown, display
     display(Markdown(f"# {STUDIES[metrics['study']].title}, on {metrics['data']['name']}"))
-    for note in [f"**Note:** {note}" for note in metrics["data"]["notes"]] + comparison.failures(metrics): display(Markdown(note))
+    for note in [f"**Note:** {note}" for note in metrics["data"]["notes"]] + side_by_side.failures(metrics): display(Markdown(note))
 
 def answer_note(metrics: Mapping[str, Any]) -> str:
     "How a study's numbers are to be read."
@@ -342,8 +345,7 @@ def bullets(said: Sequence[str]) -> None:
 def beside_published(metrics: Mapping[str, Any]) -> None:
     "On a public benchmark: the published rows beside ours and what differs in the protocol. Nothing on other data."
     from IPython.display import Markdown, display
-    from fsar.reports import published
-    from fsar.reports import figures as reports
+    from fsar.reports import figures as reports, published
     found = published.beside(metrics)
     if not len(found): return
     display(Markdown("## Beside published results"))
@@ -355,9 +357,9 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
     from IPython.display import Markdown, display
     from fsar.reports import figures as reports
     display(Markdown("What any comparison of this kind leaves open:"))
-    bullets([text for text in comparison.limits(metrics) if not text.startswith(tuple(without) or "\0")])
+    bullets([text for text in side_by_side.limits(metrics) if not text.startswith(tuple(without) or "\0")])
     display(Markdown(f"## How to make it again\n\n```\n{metrics['command']}\n```\nWhat is finished in the folder is reused; more rows or seeds run only what is missing. The runs' own hashes are in `metrics.json`, every single result is a line of `results.csv`."))
-    reports.show_table(reports.pairs_table(comparison.origin(metrics)))
+    reports.show_table(reports.pairs_table(side_by_side.origin(metrics)))
     display(Markdown("### Parameters"))
     reports.show_table(reports.pairs_table(metrics["config"], ("parameter", "value")))
 
@@ -366,25 +368,25 @@ def study_command(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[
                   ) -> str:
     "The shell command that makes a study: what is not as the study has it, as flags."
     study, usual = STUDIES[name], base_of(name).to_dict()
-    given = {**({"runs": [comparison.row_text(row) for row in rows]} if list(rows) != comparison.parse_rows(study.rows) else {}), "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in comparison.ELSEWHERE}, **{k: v for k, v in base.to_dict().items() if k in comparison.BASE}}
-    return shlex.join(["fsar", "study", name, *comparison.flags(given, {"reference": study.reference, **HOW, **study.own, **usual})])
+    given = {**({"runs": [experiments_rows.row_text(row) for row in rows]} if list(rows) != experiments_rows.parse_rows(study.rows) else {}), "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in experiments_rows.ELSEWHERE}, **{k: v for k, v in base.to_dict().items() if k in experiments_rows.BASE}}
+    return shlex.join(["fsar", "study", name, *experiments_rows.flags(given, {"reference": study.reference, **HOW, **study.own, **usual})])
 
 def measured(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", **extra: Any) -> dict[str, Any]:
     "What metrics.json holds: all of a comparison, and for a study of parts what each part adds."
     study = STUDIES[name]
     metrics = comparison.measured(base, rows, seeds, data, reference=reference, command=study_command(name, base, rows, seeds, reference=reference or study.reference, **extra))
     metrics |= {"study": name, "headline": f"{study.title}: {metrics['headline']}"}
-    if name in BY_PARTS: metrics |= {"gains": gains(comparison.collect(Path(base.out), comparison.jobs_of(base, rows, seeds)), study.table), "agreement": agreement(metrics, study.table)}
+    if name in BY_PARTS: metrics |= {"gains": gains(comparison.collect(Path(base.out), experiments_rows.jobs_of(base, rows, seeds)), study.table), "agreement": agreement(metrics, study.table)}
     return metrics
 
 # %% ../../nbs/70_experiments/08_studies.ipynb #28b69129
 def compute(name: str, given: Mapping[str, Any]  # the parameters of the study's template
             ) -> dict[str, Any]:  # what metrics.json holds
     "Bring a study's runs to their end, and write metrics.json and results.csv."
-    base, how, own = Config.from_dict({k: given[k] for k in comparison.BASE}), {k: given[k] for k in HOW}, {k: given[k] for k in STUDIES[name].own}
-    rows, out, data = comparison.parse_rows(given["runs"] or STUDIES[name].rows), Path(base.out), experiments.prepare_data(base)
-    jobs = comparison.jobs_of(base, rows, given["seeds"])
-    run_jobs(jobs, data, experiments.tables_of(base, data), out, workers=comparison.workers_of(how), reuse=how["reuse"], overwrite=given["overwrite"])
+    base, how, own = Config.from_dict({k: given[k] for k in experiments_rows.BASE}), {k: given[k] for k in HOW}, {k: given[k] for k in STUDIES[name].own}
+    rows, out, data = experiments_rows.parse_rows(given["runs"] or STUDIES[name].rows), Path(base.out), experiments.prepare_data(base)
+    jobs = experiments_rows.jobs_of(base, rows, given["seeds"])
+    run_jobs(jobs, data, protocol.tables_of(base, data), out, workers=comparison.workers_of(how), reuse=how["reuse"], overwrite=given["overwrite"])
     write_results(out, jobs)
     metrics = measured(name, base, rows, given["seeds"], data, reference=given["reference"], **how, **own)
     if "levels" in own: metrics |= along_the_dial(out, jobs, base, own["levels"])
@@ -394,7 +396,7 @@ def compute(name: str, given: Mapping[str, Any]  # the parameters of the study's
 # %% ../../nbs/70_experiments/08_studies.ipynb #b0f507d0
 def study(name: str, *, runs: Sequence[str] = (),  # other rows than the study's
           seeds: Sequence[int] = (0, 1, 2), reference: str = "", own: Mapping[str, Any] = {},  # the study's own parameters that differ
-          overwrite: bool = False, progress: bool = True, how: Mapping[str, Any] = {},  # see fsar.experiments.comparison.HOW
+          overwrite: bool = False, progress: bool = True, how: Mapping[str, Any] = {},  # see fsar.experiments.rows.HOW
           **given: Any  # fields of Config that differ from the study's
           ) -> dict[str, Any]:  # what metrics.json holds
     "Run a study and write its report; what is finished is reused, the rest goes on."

@@ -16,10 +16,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import runs as experiments
+from . import protocol, runs as experiments
+from ..reports import provenance
 from ..core.config import Config, differing
-from ..core.basics import FsarError, atomic_path, nearest, read_json, sha256_file, track, write_json, writing
-from ..data.motions import start_worker
+from ..core.basics import FsarError, nearest, track
+from ..core.files import atomic_path, read_json, sha256_file, write_json, writing
+from ..core.machine import start_worker
 from ..reports.figures import duration, percent
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #b79c26bf
@@ -98,7 +100,7 @@ def _toml(path: Path) -> dict[str, Any]:
 def record_file(out: Path, job: Job) -> Path: return out / "results" / f"{job.name}.json"
 def checkpoints(out: Path, job: Job) -> Path: return out / "checkpoints" / job.name
 
-def questions(asked: experiments.Tables) -> dict[str, Any]:  # name of a test → EpisodeTable
+def questions(asked: protocol.Tables) -> dict[str, Any]:  # name of a test → EpisodeTable
     "All tests by name, such as `test-5-way-1-shot`."
     def name(table: Any) -> str:
         shots = "–".join(map(str, dict.fromkeys(table.info["shots"])))
@@ -109,8 +111,8 @@ def questions(asked: experiments.Tables) -> dict[str, Any]:  # name of a test �
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #563740f6
 def _record(job: Job, status: str) -> dict[str, Any]:
     "What every record says."
-    return {"status": status, "label": job.label, "config": job.config.to_dict(), "config_hash": job.config.hash, "versions": experiments.versions(),
-            "git": experiments.git_state(), "ended": experiments.now()}
+    return {"status": status, "label": job.label, "config": job.config.to_dict(), "config_hash": job.config.hash, "versions": provenance.versions(),
+            "git": provenance.git_state(), "ended": provenance.now()}
 
 def begin(job: Job, out: Path) -> None:
     "The record of a job under way."
@@ -133,27 +135,28 @@ class Task:
     "A job with all that it takes to run it."
     job: Job
     data: experiments.Data
-    asked: experiments.Tables
+    asked: protocol.Tables
     training: Path  # folder of its checkpoints
 
 def run_task(task: Task, out: Path) -> None:
     "Train, or go on, or take the finished weights; test them; write down everything."
     from fsar.engine.checkpoints import load_model
-    from fsar.engine.training import choose_device, choose_precision, train
+    from fsar.engine.devices import choose_device, choose_precision
+    from fsar.engine.training import train
     job, data, config, device = task.job, task.data, task.job.config, choose_device(task.job.config.device)
-    model = experiments.model_for(config, data)
+    model = protocol.model_for(config, data)
     precision = choose_precision(config.precision, device, model)
-    training = train(config, model, experiments.training_episodes(config, data, model), experiments.validator(config, data, model, device, precision), task.training, progress=False)
+    training = train(config, model, protocol.training_episodes(config, data, model), protocol.validator(config, data, model, device, precision), task.training, progress=False)
     started = time.monotonic()
-    tested = experiments.evaluate_model(load_model(training.best_folder), config, data, device=device, precision=precision, asked=task.asked, progress=False)
+    tested = protocol.evaluate_model(load_model(training.best_folder), config, data, device=device, precision=precision, asked=task.asked, progress=False)
     results = dict(zip(questions(task.asked), [*tested.results, *([tested.reversed] if tested.pairs else [])]))
     for name, result in results.items(): write_json(out / "results" / f"{job.name}-{name}.json", result.to_dict())
     write_json(record_file(out, job), _record(job, "finished") | {
-        "episodes": {name: result.table_hash for name, result in results.items()}, "reversed_pairs": experiments.reversed_numbers(tested),
+        "episodes": {name: result.table_hash for name, result in results.items()}, "reversed_pairs": protocol.reversed_numbers(tested),
         "parameters": sum(p.numel() for p in model.parameters()), "training_seconds": round(training.seconds, 1), "test_seconds": round(time.monotonic() - started, 1),
         "steps": training.steps, "selection": training.selection, "precision": training.precision, "data": data.store.hash,
         "checkpoint": os.path.relpath(training.best_folder, out.absolute()), "weights": sha256_file(training.best_folder / "model.safetensors"),
-        "device": experiments.machine(device), "peak_memory": experiments.peak_memory()})
+        "device": provenance.machine(device), "peak_memory": provenance.peak_memory()})
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #1a22af8d
 def attempt(task: Task, out: Path) -> None:
@@ -162,9 +165,9 @@ def attempt(task: Task, out: Path) -> None:
     try: run_task(task, out)
     except Exception as e: fail(task.job, out, str(e) if isinstance(e, FsarError) else traceback.format_exception_only(e)[-1].strip(), traceback.format_exc())
 
-def load_results(out: Path, job: Job) -> dict[str, Any]:  # name of a test → fsar.engine.evaluation.Result
+def load_results(out: Path, job: Job) -> dict[str, Any]:  # name of a test → fsar.engine.results.Result
     "A finished job's results."
-    from fsar.engine.evaluation import Result
+    from fsar.engine.results import Result
     found = {}
     for name, digest in read_json(record_file(out, job))["episodes"].items():
         file = out / "results" / f"{job.name}-{name}.json"
@@ -174,13 +177,13 @@ def load_results(out: Path, job: Job) -> dict[str, Any]:  # name of a test → f
 
 def weights_of(out: Path, job: Job) -> Path:
     "The folder of a finished job's chosen weights, for `load_model`; `FsarError` where they are not on this machine."
-    chosen = "last" if experiments.selected_on(job.config) is None else "best"
+    chosen = "last" if protocol.selected_on(job.config) is None else "best"
     place = out / (finished(out, job) or {}).get("checkpoint", Path("checkpoints") / job.name / chosen)
     if not (place / "model.json").is_file(): raise FsarError(f"the weights of the run {job.name} are not in {place}: delete {record_file(out, job)}, and it is trained again")
     return place
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #7a964a31
-def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: experiments.Tables | None = None) -> dict[Path, str]:  # path → what differs
+def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: protocol.Tables | None = None) -> dict[Path, str]:  # path → what differs
     "What lies in a job's places but is not its own; without `data` and `asked` only the configurations are looked at."
     from fsar.engine.training import differing_settings, training_settings
     file, state, found = record_file(out, job), checkpoints(out, job) / "last" / "model.json", {}
@@ -198,7 +201,7 @@ def misfits(out: Path, job: Job, data: experiments.Data | None = None, asked: ex
 def _listed(names: Sequence[str]) -> str: return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #e9d1d2e1
-def check_places(out: Path, jobs: Sequence[Job], data: experiments.Data | None = None, asked: experiments.Tables | None = None, *, overwrite: bool = False) -> None:
+def check_places(out: Path, jobs: Sequence[Job], data: experiments.Data | None = None, asked: protocol.Tables | None = None, *, overwrite: bool = False) -> None:
     "`FsarError` naming what belongs to another configuration, or with `overwrite` its end; what fits stays."
     for job in jobs:
         for path, what in misfits(out, job, data, asked).items():
@@ -235,7 +238,7 @@ def take_over(out: Path, task: Task, others: Sequence[tuple[Path, dict[str, Any]
         if differing(record["config"], job.config) or record["episodes"] != wanted: continue
         if record["data"] != task.data.store.hash if "data" in record else not _same_training(folder, record, job, task.data): continue
         for name in wanted: shutil.copyfile(folder / "results" / f"{record['label']}-{job.config.seed}-{name}.json", out / "results" / f"{job.name}-{name}.json")
-        training = _checkpoints_of(folder, record) / ("last" if experiments.selected_on(job.config) is None else "best")
+        training = _checkpoints_of(folder, record) / ("last" if protocol.selected_on(job.config) is None else "best")
         write_json(record_file(out, job), record | {"label": job.label, "taken_from": os.path.relpath(folder, out), "checkpoint": os.path.relpath(training, out)})
         return None
     place = next((_checkpoints_of(folder, record) for folder, record in others if _same_training(folder, record, job, task.data)), None)
@@ -381,7 +384,7 @@ def run_tasks(tasks: Sequence[Task], out: str | Path, *, workers: Workers = Work
             if problem: fail(task.job, out, problem)
             say(f"{task.job.name}: {outcome(out, task.job)}")
 
-def run_jobs(jobs: Sequence[Job], data: experiments.Data, asked: experiments.Tables, out: str | Path, **how: Any) -> None:  # see run_tasks
+def run_jobs(jobs: Sequence[Job], data: experiments.Data, asked: protocol.Tables, out: str | Path, **how: Any) -> None:  # see run_tasks
     "The same for jobs on the same data and test episodes."
     run_tasks([Task(job, data, asked, checkpoints(Path(out), job)) for job in jobs], out, **how)
 
@@ -413,9 +416,9 @@ TEST_FIELDS = (*DATA_FIELDS, "groups", "ways", "test_split", "test_ways", "test_
 
 def tasks_of(jobs: Sequence[Job], out: str | Path, progress: bool = True) -> list[Task]:
     "Jobs with data and tests, each prepared and drawn once; `FsarError` names the job that cannot be run."
-    for job in jobs: _with_name(job, experiments.check_names, job.config)
-    data_of, asked_of = _once(DATA_FIELDS, functools.partial(experiments.prepare_data, progress=progress)), _once(TEST_FIELDS, lambda config: experiments.tables_of(config, data_of(config)))
-    for job in jobs: _with_name(job, lambda: experiments.check_tests(job.config, data_of(job.config)))
+    for job in jobs: _with_name(job, protocol.check_names, job.config)
+    data_of, asked_of = _once(DATA_FIELDS, functools.partial(experiments.prepare_data, progress=progress)), _once(TEST_FIELDS, lambda config: protocol.tables_of(config, data_of(config)))
+    for job in jobs: _with_name(job, lambda: protocol.check_tests(job.config, data_of(job.config)))
     return [Task(job, data_of(job.config), asked_of(job.config), checkpoints(Path(out), job)) for job in jobs]
 
 def _once(names: Sequence[str], make: Callable[[Config], Any]) -> Callable[[Config], Any]:

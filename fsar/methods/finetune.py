@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
-from ..model.base import METHODS, Embedding, FewShotModel, class_mean
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import class_mean
 
 Head = dict[str, Tensor]  # what is fitted, by name, each with the episode axes in front
 
@@ -136,23 +137,18 @@ class Finetune(FewShotModel):
             sizes = stretches * backbone.channels, self.classifier.out_features
             self.classifier = CosineClassifier(*sizes, scale) if head == "cosine" else nn.Linear(*sizes)
 
-# %% ../../nbs/40_methods/finetune.ipynb #da01ea75
-@extend(Finetune)
-def score(self: Finetune, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "Logits of the fitted classifier; in training of the one that fitting would begin with."
-    x, asked = (F.normalize(pooled(side["frames"], self.stretches), dim=-1) for side in (support, query))
-    head = begin(x, labels, ways, head=self.head, tune=self.tune)
-    if not self.training: head = fit(head, x, labels, **self.fitting)
-    return classify(head, asked, self.scale)
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "Logits of the fitted classifier; in training of the one that fitting would begin with."
+        x, asked = (F.normalize(pooled(side["frames"], self.stretches), dim=-1) for side in (support, query))
+        head = begin(x, labels, ways, head=self.head, tune=self.tune)
+        if not self.training: head = fit(head, x, labels, **self.fitting)
+        return classify(head, asked, self.scale)
 
-@extend(Finetune)
-def class_features(self: Finetune, embedding: Embedding) -> Tensor:
-    "What the class-label loss classifies, `(V, P·C)`."
-    return pooled(embedding["frames"], self.stretches)
+    def class_features(self, embedding: Embedding) -> Tensor:
+        "What the class-label loss classifies, `(V, P·C)`."
+        return pooled(embedding["frames"], self.stretches)
 
-# %% ../../nbs/40_methods/finetune.ipynb #f92b49aa
-@extend(Finetune)
-def losses(self: Finetune, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "The class-label loss alone; without base classes the episode's."
-    parts = super(Finetune, self).losses(episode, support, query, logits)
-    return parts if self.classifier is None else {"class": parts["class"]}
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "The class-label loss alone; without base classes the episode's."
+        parts = super(Finetune, self).losses(episode, support, query, logits)
+        return parts if self.classifier is None else {"class": parts["class"]}

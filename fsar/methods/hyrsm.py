@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone, numbered_resnet
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.matching import bimhm, frame_similarity, otam
-from ..model.base import METHODS, POSITIONS, Attention, Embedding, FewShotModel, class_mean, class_weights
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import POSITIONS, Attention, class_mean, class_weights
 
 # %% ../../nbs/40_methods/hyrsm.ipynb #b0ecb361
 class FrameRelation(nn.Module):
@@ -59,28 +60,24 @@ class TaskRelation(nn.Module):
         self.to_out, self.norm = nn.Linear(channels, channels), nn.LayerNorm(channels)
         self.dropout, self.attention_dropout = nn.Dropout(dropout), nn.Dropout(attention_dropout)
 
-# %% ../../nbs/40_methods/hyrsm.ipynb #0cba1c84
-@extend(TaskRelation)
-def split(self: TaskRelation, project: nn.Module, support: Tensor, query: Tensor) -> Tensor:  # (..., Q, heads, S+1, C/heads)
-    "Every video through one projection, then in sequences, by heads."
-    return rearrange(sequences(project(support), project(query)), "... s (heads d) -> ... heads s d", heads=self.heads)
+    def split(self, project: nn.Module, support: Tensor, query: Tensor) -> Tensor:  # (..., Q, heads, S+1, C/heads)
+        "Every video through one projection, then in sequences, by heads."
+        return rearrange(sequences(project(support), project(query)), "... s (heads d) -> ... heads s d", heads=self.heads)
 
-@extend(TaskRelation)
-def weights(self: TaskRelation, support: Tensor,  # (..., S, C)
-            query: Tensor,  # (..., Q, C)
-            real: Tensor,  # (..., S) whether a support is no padding
-            ) -> Tensor:  # (..., Q, heads, S+1, S+1), rows sum to 1
-    "How much each video of a query's sequence reads of each other."
-    q, k = (self.split(project, support, query) for project in (self.to_q, self.to_k))
-    read = F.pad(real, (0, 1), value=True)[..., None, None, None, :]
-    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~read, float("-inf")).softmax(-1)
+    def weights(self, support: Tensor,  # (..., S, C)
+                query: Tensor,  # (..., Q, C)
+                real: Tensor,  # (..., S) whether a support is no padding
+                ) -> Tensor:  # (..., Q, heads, S+1, S+1), rows sum to 1
+        "How much each video of a query's sequence reads of each other."
+        q, k = (self.split(project, support, query) for project in (self.to_q, self.to_k))
+        read = F.pad(real, (0, 1), value=True)[..., None, None, None, :]
+        return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~read, float("-inf")).softmax(-1)
 
-@extend(TaskRelation)
-def forward(self: TaskRelation, support: Tensor, query: Tensor, real: Tensor) -> Tensor:  # (..., Q, S+1, C)
-    "The task's tokens, the query's own at the end."
-    weights = self.attention_dropout(self.weights(support, query, real))
-    found = rearrange(weights @ self.split(self.to_v, support, query), "... heads s d -> ... s (heads d)")
-    return self.norm(sequences(support, query) + self.dropout(self.to_out(found)))
+    def forward(self, support: Tensor, query: Tensor, real: Tensor) -> Tensor:  # (..., Q, S+1, C)
+        "The task's tokens, the query's own at the end."
+        weights = self.attention_dropout(self.weights(support, query, real))
+        found = rearrange(weights @ self.split(self.to_v, support, query), "... heads s d -> ... s (heads d)")
+        return self.norm(sequences(support, query) + self.dropout(self.to_out(found)))
 
 # %% ../../nbs/40_methods/hyrsm.ipynb #4d0ed4ee
 def shifted_similarity(query: Tensor,  # (..., Q, Tq, C)
@@ -161,73 +158,60 @@ class HyRSM(FewShotModel):
         self.bend = nn.ReLU() if rectify else nn.Identity()
         self.relational = across                                                                # alone, Bi-MHM compares a query with one class at a time
 
-# %% ../../nbs/40_methods/hyrsm.ipynb #5783b245
-@extend(HyRSM)
-def embed(self: HyRSM, clips: Tensor  # (V, T, 3, H, W)
-          ) -> Embedding:
-    "Frames that know their video, `frames` (V, T, C)."
-    return {"frames": self.bend(self.within(reduce(self.feature_maps(clips), "v t c h w -> v t c", "mean")))}
+    def embed(self, clips: Tensor  # (V, T, 3, H, W)
+              ) -> Embedding:
+        "Frames that know their video, `frames` (V, T, C)."
+        return {"frames": self.bend(self.within(reduce(self.feature_maps(clips), "v t c h w -> v t c", "mean")))}
 
-# %% ../../nbs/40_methods/hyrsm.ipynb #bedb9848
-@extend(HyRSM)
-def relate(self: HyRSM, support: Tensor,  # (..., S, T, C)
-           real: Tensor,  # (..., S)
-           query: Tensor,  # (..., Q, T, C)
-           ) -> tuple[Tensor, Tensor, Tensor]:  # (..., S, T, C), (..., Q, S, C), (..., Q, T, C)
-    "The supports' frames, their shift for each query, and the queries' frames."
-    tokens = self.bend(self.across(support.mean(-2), query.mean(-2), real))                        # (..., Q, S+1, C)
-    of_frame, of_task = self.join.weight[..., 0].chunk(2, 1)
-    shift = F.linear(tokens, of_task)
-    support, query = (F.linear(x, of_frame, self.join.bias) for x in (support, query))
-    return support, shift[..., :-1, :], query + shift[..., -1:, :]
+    def relate(self, support: Tensor,  # (..., S, T, C)
+               real: Tensor,  # (..., S)
+               query: Tensor,  # (..., Q, T, C)
+               ) -> tuple[Tensor, Tensor, Tensor]:  # (..., S, T, C), (..., Q, S, C), (..., Q, T, C)
+        "The supports' frames, their shift for each query, and the queries' frames."
+        tokens = self.bend(self.across(support.mean(-2), query.mean(-2), real))                        # (..., Q, S+1, C)
+        of_frame, of_task = self.join.weight[..., 0].chunk(2, 1)
+        shift = F.linear(tokens, of_task)
+        support, query = (F.linear(x, of_frame, self.join.bias) for x in (support, query))
+        return support, shift[..., :-1, :], query + shift[..., -1:, :]
 
-@extend(HyRSM)
-def shown(self: HyRSM, support: Embedding, labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:  # (..., S, T, C), (..., S)
-    "Frames and labels of what stands for the classes: each support, or their mean."
-    if self.shots == "each": return support["frames"], labels
-    return class_mean(support["frames"], labels, ways), torch.arange(ways, device=labels.device).expand(*labels.shape[:-1], ways)
+    def shown(self, support: Embedding, labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:  # (..., S, T, C), (..., S)
+        "Frames and labels of what stands for the classes: each support, or their mean."
+        if self.shots == "each": return support["frames"], labels
+        return class_mean(support["frames"], labels, ways), torch.arange(ways, device=labels.device).expand(*labels.shape[:-1], ways)
 
-# %% ../../nbs/40_methods/hyrsm.ipynb #93e667d3
-@extend(HyRSM)
-def score(self: HyRSM, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "−scale · the mean distance to a class's supports, frames joined with the task's tokens (paper §3.3)."
-    frames, labels = self.shown(support, labels, ways)
-    weights = class_weights(labels, ways, frames.dtype)                                         # (..., N, S)
-    distances = self.match(self.similarity(frames, labels >= 0, query["frames"]))                  # (..., Q, S)
-    return -self.scale * distances @ weights.mT
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "−scale · the mean distance to a class's supports, frames joined with the task's tokens (paper §3.3)."
+        frames, labels = self.shown(support, labels, ways)
+        weights = class_weights(labels, ways, frames.dtype)                                         # (..., N, S)
+        distances = self.match(self.similarity(frames, labels >= 0, query["frames"]))                  # (..., Q, S)
+        return -self.scale * distances @ weights.mT
 
-@extend(HyRSM)
-def similarity(self: HyRSM, support: Tensor, real: Tensor, query: Tensor) -> Tensor:  # (..., Q, S, Tq, Ts)
-    "Frame similarities as the task sees them."
-    if self.across is None: return frame_similarity(query, support, self.cosine_eps)
-    frames, shift, asked = self.relate(support, real, query)
-    return shifted_similarity(asked, frames, shift, self.cosine_eps)
+    def similarity(self, support: Tensor, real: Tensor, query: Tensor) -> Tensor:  # (..., Q, S, Tq, Ts)
+        "Frame similarities as the task sees them."
+        if self.across is None: return frame_similarity(query, support, self.cosine_eps)
+        frames, shift, asked = self.relate(support, real, query)
+        return shifted_similarity(asked, frames, shift, self.cosine_eps)
 
-# %% ../../nbs/40_methods/hyrsm.ipynb #1e01123d
-@extend(HyRSM)
-def losses(self: HyRSM, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "The frame's parts and, where it has a weight, the temporal coherence."
-    parts = super(HyRSM, self).losses(episode, support, query, logits)
-    if self.temporal_coherence: parts["coherence"] = (self.temporal_coherence, self._coherence(episode, support, query, logits.shape[-1]))
-    return parts
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "The frame's parts and, where it has a weight, the temporal coherence."
+        parts = super(HyRSM, self).losses(episode, support, query, logits)
+        if self.temporal_coherence: parts["coherence"] = (self.temporal_coherence, self._coherence(episode, support, query, logits.shape[-1]))
+        return parts
 
-@extend(HyRSM)
-def class_features(self: HyRSM, embedding: Embedding) -> Tensor:
-    "What the class-label loss classifies, every frame `(V, T, C)`."
-    return embedding["frames"]
+    def class_features(self, embedding: Embedding) -> Tensor:
+        "What the class-label loss classifies, every frame `(V, T, C)`."
+        return embedding["frames"]
 
-@extend(HyRSM)
-def _class_label_loss(self: HyRSM, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
-    "Cross-entropy of all frames of the episode over the base classes."
-    logits = self.classifier(torch.cat([self.class_features(support), self.class_features(query)]))  # (V, T, base classes)
-    labels = episode.class_ids[torch.cat([episode.support_labels, episode.query_labels])]
-    return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
+    def _class_label_loss(self, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
+        "Cross-entropy of all frames of the episode over the base classes."
+        logits = self.classifier(torch.cat([self.class_features(support), self.class_features(query)]))  # (V, T, base classes)
+        labels = episode.class_ids[torch.cat([episode.support_labels, episode.query_labels])]
+        return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
 
-@extend(HyRSM)
-def _coherence(self: HyRSM, episode: EpisodeBatch, support: Embedding, query: Embedding, ways: int) -> Tensor:
-    "The regulariser on supports and queries, as the task sees them."
-    frames, labels = self.shown(support, episode.support_labels, ways)
-    if self.across is None: shift, asked = frames.new_zeros(1, *frames[:, 0].shape), query["frames"]
-    else: frames, shift, asked = self.relate(frames, labels >= 0, query["frames"])
-    own = F.normalize(asked, dim=-1)
-    return sum(coherence(sim, self.window, self.sigma) for sim in (shifted_self_similarity(frames, shift), own @ own.mT))
+    def _coherence(self, episode: EpisodeBatch, support: Embedding, query: Embedding, ways: int) -> Tensor:
+        "The regulariser on supports and queries, as the task sees them."
+        frames, labels = self.shown(support, episode.support_labels, ways)
+        if self.across is None: shift, asked = frames.new_zeros(1, *frames[:, 0].shape), query["frames"]
+        else: frames, shift, asked = self.relate(frames, labels >= 0, query["frames"])
+        own = F.normalize(asked, dim=-1)
+        return sum(coherence(sim, self.window, self.sigma) for sim in (shifted_self_similarity(frames, shift), own @ own.mT))

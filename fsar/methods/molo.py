@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone, numbered_resnet
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.matching import bimhm, frame_similarity, otam
-from ..model.base import METHODS, POSITIONS, Attention, Embedding, FewShotModel, class_mean, class_to_query
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import POSITIONS, Attention, class_mean, class_to_query
 
 # %% ../../nbs/40_methods/molo.ipynb #1ecd830e
 class TokenTransformer(nn.Module):
@@ -169,63 +170,52 @@ class MoLo(FewShotModel):
         if long_short and contrast == "prototype":
             self.contrast_scale = nn.ParameterDict({head: nn.Parameter(torch.ones(())) for head in self.branches})
 
-# %% ../../nbs/40_methods/molo.ipynb #770e02d7
-@extend(MoLo)
-def embed(self: MoLo, clips: Tensor  # (V, T, 3, H, W)
-          ) -> Embedding:
-    "Token and frames of both branches; in training also the redrawn pixel differences."
-    maps, found = self.feature_maps(clips), {}
-    if self.base_former is not None: found["base"] = self.base_former(reduce(maps, "v t c h w -> v t c", "mean"))
-    if self.difference is not None:
-        differences = self.difference(maps)                                                   # (V, T−1, C/8, h, w)
-        if self.motion_former is not None: found["motion"] = self.motion_former(self._motion_features(differences))
-    embedding = {f"{head}_{part}": x for head, tokens in found.items() for part, x in (("token", tokens[:, 0]), ("frames", tokens[:, 1:]))}
-    if self.training and self.decoder is not None: embedding["reconstruction"] = self.decoder(differences, tuple(max(1, n // self.redraw) for n in clips.shape[-2:]))
-    return embedding
+    def embed(self, clips: Tensor  # (V, T, 3, H, W)
+              ) -> Embedding:
+        "Token and frames of both branches; in training also the redrawn pixel differences."
+        maps, found = self.feature_maps(clips), {}
+        if self.base_former is not None: found["base"] = self.base_former(reduce(maps, "v t c h w -> v t c", "mean"))
+        if self.difference is not None:
+            differences = self.difference(maps)                                                   # (V, T−1, C/8, h, w)
+            if self.motion_former is not None: found["motion"] = self.motion_former(self._motion_features(differences))
+        embedding = {f"{head}_{part}": x for head, tokens in found.items() for part, x in (("token", tokens[:, 0]), ("frames", tokens[:, 1:]))}
+        if self.training and self.decoder is not None: embedding["reconstruction"] = self.decoder(differences, tuple(max(1, n // self.redraw) for n in clips.shape[-2:]))
+        return embedding
 
-@extend(MoLo)
-def _motion_features(self: MoLo, differences: Tensor) -> Tensor:
-    "Differences back at C channels and averaged over space, `(V, T−1, C)`."
-    up = self.motion_up(rearrange(differences, "v t c h w -> (v t) c h w"))
-    return reduce(up, "(v t) c h w -> v t c", "mean", v=len(differences))
+    def _motion_features(self, differences: Tensor) -> Tensor:
+        "Differences back at C channels and averaged over space, `(V, T−1, C)`."
+        up = self.motion_up(rearrange(differences, "v t c h w -> (v t) c h w"))
+        return reduce(up, "(v t) c h w -> v t c", "mean", v=len(differences))
 
-# %% ../../nbs/40_methods/molo.ipynb #2f691b16
-@extend(MoLo)
-def score(self: MoLo, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "−scale · (D_base + 0.3 · D_motion) for every query and class (paper §3.4)."
-    weight = {"base": 1.0, "motion": self.motion_weight if len(self.branches) == 2 else 1.0}
-    def distance(head: str) -> Tensor:
-        prototypes = class_mean(support[f"{head}_frames"], labels, ways)                      # (..., N, T, C)
-        return self.match(frame_similarity(query[f"{head}_frames"], prototypes, self.cosine_eps))
-    return -self.scale * sum(weight[head] * distance(head) for head in self.branches)
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "−scale · (D_base + 0.3 · D_motion) for every query and class (paper §3.4)."
+        weight = {"base": 1.0, "motion": self.motion_weight if len(self.branches) == 2 else 1.0}
+        def distance(head: str) -> Tensor:
+            prototypes = class_mean(support[f"{head}_frames"], labels, ways)                      # (..., N, T, C)
+            return self.match(frame_similarity(query[f"{head}_frames"], prototypes, self.cosine_eps))
+        return -self.scale * sum(weight[head] * distance(head) for head in self.branches)
 
-# %% ../../nbs/40_methods/molo.ipynb #e17cdd25
-@extend(MoLo)
-def losses(self: MoLo, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "The parts of MoLo's loss with their weights (paper, equation 8)."
-    parts = super(MoLo, self).losses(episode, support, query, logits)
-    if self.long_short:
-        for head in self.branches: parts[f"contrast_{head}"] = (self.lambda_contrast, self._contrast(head, episode, support, query, logits.shape[-1]))
-    if "reconstruction" in query: parts["reconstruction"] = (self.lambda_reconstruction, self._reconstruction(episode, support, query))
-    return parts
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "The parts of MoLo's loss with their weights (paper, equation 8)."
+        parts = super(MoLo, self).losses(episode, support, query, logits)
+        if self.long_short:
+            for head in self.branches: parts[f"contrast_{head}"] = (self.lambda_contrast, self._contrast(head, episode, support, query, logits.shape[-1]))
+        if "reconstruction" in query: parts["reconstruction"] = (self.lambda_reconstruction, self._reconstruction(episode, support, query))
+        return parts
 
-@extend(MoLo)
-def _contrast(self: MoLo, head: str, episode: EpisodeBatch, support: Embedding, query: Embedding, ways: int) -> Tensor:
-    "The contrast of one branch between the queries and the prototypes."
-    keys = f"{head}_token", f"{head}_frames"
-    args = [query[k] for k in keys] + [class_mean(support[k], episode.support_labels, ways) for k in keys]
-    if self.contrast == "prototype": return prototype_loss(*args, episode.query_labels, self.contrast_scale[head])
-    return long_short_loss(*args, episode.query_labels, self.tau)
+    def _contrast(self, head: str, episode: EpisodeBatch, support: Embedding, query: Embedding, ways: int) -> Tensor:
+        "The contrast of one branch between the queries and the prototypes."
+        keys = f"{head}_token", f"{head}_frames"
+        args = [query[k] for k in keys] + [class_mean(support[k], episode.support_labels, ways) for k in keys]
+        if self.contrast == "prototype": return prototype_loss(*args, episode.query_labels, self.contrast_scale[head])
+        return long_short_loss(*args, episode.query_labels, self.tau)
 
-@extend(MoLo)
-def _reconstruction(self: MoLo, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
-    "Mean squared error of the redrawn differences of consecutive normalised frames."
-    drawn, pixels = torch.cat([support["reconstruction"], query["reconstruction"]]), self.backbone.normalise(episode.clips)
-    difference = pixels[:, 1:] - pixels[:, :-1]                                               # (V, T−1, 3, H, W)
-    return F.mse_loss(drawn, F.adaptive_avg_pool3d(difference, (3, *drawn.shape[-2:])) if self.redraw > 1 else difference)
+    def _reconstruction(self, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
+        "Mean squared error of the redrawn differences of consecutive normalised frames."
+        drawn, pixels = torch.cat([support["reconstruction"], query["reconstruction"]]), self.backbone.normalise(episode.clips)
+        difference = pixels[:, 1:] - pixels[:, :-1]                                               # (V, T−1, 3, H, W)
+        return F.mse_loss(drawn, F.adaptive_avg_pool3d(difference, (3, *drawn.shape[-2:])) if self.redraw > 1 else difference)
 
-# %% ../../nbs/40_methods/molo.ipynb #9898eb76
-@extend(MoLo)
-def frame_tokens(self: MoLo, embedding: Embedding) -> Tensor:
-    "Frame tokens of the base branch, or of the motion branch where it stands alone."
-    return embedding[f"{self.branches[0]}_frames"]
+    def frame_tokens(self, embedding: Embedding) -> Tensor:
+        "Frame tokens of the base branch, or of the motion branch where it stands alone."
+        return embedding[f"{self.branches[0]}_frames"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..model.base import METHODS, Embedding, FewShotModel, class_mean
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import class_mean
 
 # %% ../../nbs/40_methods/protonet.ipynb #f1ed1e98
 @METHODS.register("protonet")

@@ -10,7 +10,6 @@ __all__ = ['top_frames', 'PerturbedTopK', 'perturbed_top_frames', 'centres', 'in
 # %% ../../nbs/40_methods/sampler.ipynb #df06bca9
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import shufflenet_v2_x0_5
 
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
-from ..model.base import SAMPLERS, Embedding, FewShotModel, interpolation, sinusoids
+from ..model.base import SAMPLERS, Embedding, FewShotModel
+from ..model.blocks import interpolation, sinusoids
 
 # %% ../../nbs/40_methods/sampler.ipynb #b6c0b72e
 def top_frames(scores: Tensor,  # (..., M)
@@ -144,19 +144,47 @@ class VIMSampler(nn.Module):
         self.fixed = None if adaptive else nn.ParameterList(nn.Parameter(F.normalize(torch.randn(n), dim=0)) for n in lengths)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))                 # episodes seen in training: the noise falls with them
 
-# %% ../../nbs/40_methods/sampler.ipynb #e632fd35
-@extend(VIMSampler)
-def scanned(self: VIMSampler, frames: Tensor  # (V, M, 3, H, W) normalised
-             ) -> Embedding:
-    "What depends on the video alone: the selector's hidden layer, related features, the summary."
-    maps = rearrange(self.scan(rearrange(frames, "v m c h w -> (v m) c h w")), "(v m) c h w -> v m c h w", v=len(frames))
-    pooled = reduce(maps, "v m c h w -> v m c", "mean")
-    found = {"summary": pooled.mean(1)}                                                  # Avg(g)
-    if self.select:
-        pair = torch.cat([pooled, found["summary"][:, None].expand_as(pooled)], -1)      # Avg(Cat(f_i, g))
-        found["hidden"] = self.first(pair + sinusoids(*pair.shape[1:]).to(pair)).relu()
-    if self.amplify: found["related"] = related(maps)
-    return found
+    def scanned(self, frames: Tensor  # (V, M, 3, H, W) normalised
+                 ) -> Embedding:
+        "What depends on the video alone: the selector's hidden layer, related features, the summary."
+        maps = rearrange(self.scan(rearrange(frames, "v m c h w -> (v m) c h w")), "(v m) c h w -> v m c h w", v=len(frames))
+        pooled = reduce(maps, "v m c h w -> v m c", "mean")
+        found = {"summary": pooled.mean(1)}                                                  # Avg(g)
+        if self.select:
+            pair = torch.cat([pooled, found["summary"][:, None].expand_as(pooled)], -1)      # Avg(Cat(f_i, g))
+            found["hidden"] = self.first(pair + sinusoids(*pair.shape[1:]).to(pair)).relu()
+        if self.amplify: found["related"] = related(maps)
+        return found
+
+    def noise(self) -> float:
+        "σ after the episodes seen so far."
+        return max(self.sigma * 0.8 ** (int(self.draws) // 1000), min(self.sigma, 0.01))
+
+    def choice(self, hidden: Tensor,  # (..., V, M, d)
+                weights: Tensor) -> Tensor:  # (..., V, T, M)
+        "Which frames: soft in training, one-hot at test."
+        scores = stretched((hidden @ weights[..., None, :, None])[..., 0], 1)
+        if self.training: return perturbed_top_frames(scores, self.frames, samples=self.samples, sigma=self.noise())
+        return F.one_hot(top_frames(scores, self.frames), self.dense).to(scores.dtype)
+
+    def _evenly(self, like: Tensor  # (..., V, M, 3, H, W)
+                ) -> Tensor:  # (..., V, T, M)
+        "The choice of T evenly spread frames, for a sampler without a selector."
+        even = (torch.arange(self.frames, device=like.device) * 2 + 1) * self.dense // (2 * self.frames)
+        return F.one_hot(even, self.dense).expand(*like.shape[:-4], -1, -1)
+
+    def forward(self, videos: Embedding,  # all of an episode: (..., V, …)
+                 summary: Tensor, labels: Tensor,  # (..., S, c), (..., S): its supports
+                 ) -> tuple[Tensor, Tensor]:  # (..., V, T, 3, H, W) bytes or floats in 0–1, and the choice (..., V, T, M)
+        "The frames that the task asks for, enlarged where it asks for it."
+        self.draws += self.training
+        weights = iter(self.learner(summary, labels) if self.learner is not None else [F.normalize(w, dim=-1).expand(*labels.shape[:-1], -1) for w in self.fixed])
+        pixels = videos["pixels"]
+        chosen = self.choice(videos["hidden"], next(weights)) if self.select else self._evenly(pixels)
+        frames = picked(pixels, chosen, soft=self.training and self.select)
+        if not self.amplify: return frames, chosen
+        saliency = torch.einsum("... v m c h w, ... c -> ... v m h w", videos["related"], next(weights)) / videos["related"].shape[-3]
+        return amplify(as_floats(frames, saliency), picked(saliency, chosen, soft=self.training and self.select), self.floor), chosen
 
 # %% ../../nbs/40_methods/sampler.ipynb #20d2ac10
 def related(maps: Tensor  # (..., c, h, w)
@@ -164,42 +192,6 @@ def related(maps: Tensor  # (..., c, h, w)
     "f' = αf with the channel attention α = f fᵀ / √(hw), no softmax."
     f = maps.flatten(-2)
     return (f @ f.mT @ f / math.sqrt(f.shape[-1])).view(maps.shape)
-
-# %% ../../nbs/40_methods/sampler.ipynb #0088c5d1
-@extend(VIMSampler)
-def noise(self: VIMSampler) -> float:
-    "σ after the episodes seen so far."
-    return max(self.sigma * 0.8 ** (int(self.draws) // 1000), min(self.sigma, 0.01))
-
-@extend(VIMSampler)
-def choice(self: VIMSampler, hidden: Tensor,  # (..., V, M, d)
-            weights: Tensor) -> Tensor:  # (..., V, T, M)
-    "Which frames: soft in training, one-hot at test."
-    scores = stretched((hidden @ weights[..., None, :, None])[..., 0], 1)
-    if self.training: return perturbed_top_frames(scores, self.frames, samples=self.samples, sigma=self.noise())
-    return F.one_hot(top_frames(scores, self.frames), self.dense).to(scores.dtype)
-
-# %% ../../nbs/40_methods/sampler.ipynb #3a796190
-@extend(VIMSampler)
-def _evenly(self: VIMSampler, like: Tensor  # (..., V, M, 3, H, W)
-            ) -> Tensor:  # (..., V, T, M)
-    "The choice of T evenly spread frames, for a sampler without a selector."
-    even = (torch.arange(self.frames, device=like.device) * 2 + 1) * self.dense // (2 * self.frames)
-    return F.one_hot(even, self.dense).expand(*like.shape[:-4], -1, -1)
-
-@extend(VIMSampler)
-def forward(self: VIMSampler, videos: Embedding,  # all of an episode: (..., V, …)
-             summary: Tensor, labels: Tensor,  # (..., S, c), (..., S): its supports
-             ) -> tuple[Tensor, Tensor]:  # (..., V, T, 3, H, W) bytes or floats in 0–1, and the choice (..., V, T, M)
-    "The frames that the task asks for, enlarged where it asks for it."
-    self.draws += self.training
-    weights = iter(self.learner(summary, labels) if self.learner is not None else [F.normalize(w, dim=-1).expand(*labels.shape[:-1], -1) for w in self.fixed])
-    pixels = videos["pixels"]
-    chosen = self.choice(videos["hidden"], next(weights)) if self.select else self._evenly(pixels)
-    frames = picked(pixels, chosen, soft=self.training and self.select)
-    if not self.amplify: return frames, chosen
-    saliency = torch.einsum("... v m c h w, ... c -> ... v m h w", videos["related"], next(weights)) / videos["related"].shape[-3]
-    return amplify(as_floats(frames, saliency), picked(saliency, chosen, soft=self.training and self.select), self.floor), chosen
 
 # %% ../../nbs/40_methods/sampler.ipynb #6bebfa1d
 def as_floats(frames: Tensor, like: Tensor) -> Tensor:
@@ -251,38 +243,31 @@ class SampledModel(FewShotModel):
     @property
     def backbone(self) -> nn.Module: return self.model.backbone
 
-# %% ../../nbs/40_methods/sampler.ipynb #86abaada
-@extend(SampledModel)
-def embed(self: SampledModel, clips: Tensor  # (V, M, 3, H, W) uint8, or floats in 0–1
-           ) -> Embedding:
-    "The scan of every video, and its pixels."
-    if clips.ndim != 5 or clips.shape[2] != 3: raise FsarError(f"clips must have shape (V, T, 3, H, W), got {tuple(clips.shape)}")
-    if clips.shape[1] != self.clip_frames: raise FsarError(f"the sampler scans {self.clip_frames} frames of a video, got clips of {clips.shape[1]}")
-    return {**self.sampler.scanned(self.backbone.normalise(clips)), "pixels": clips}
+    def embed(self, clips: Tensor  # (V, M, 3, H, W) uint8, or floats in 0–1
+               ) -> Embedding:
+        "The scan of every video, and its pixels."
+        if clips.ndim != 5 or clips.shape[2] != 3: raise FsarError(f"clips must have shape (V, T, 3, H, W), got {tuple(clips.shape)}")
+        if clips.shape[1] != self.clip_frames: raise FsarError(f"the sampler scans {self.clip_frames} frames of a video, got clips of {clips.shape[1]}")
+        return {**self.sampler.scanned(self.backbone.normalise(clips)), "pixels": clips}
 
-@extend(SampledModel)
-def adapt(self: SampledModel, support: Embedding, labels: Tensor, query: Embedding) -> tuple[Embedding, Embedding]:
-    "Choose and enlarge for this task, then embed: supports and queries pass the backbone in one call."
-    axis, shots = labels.ndim - 1, labels.shape[-1]
-    videos = {k: torch.cat([support[k], query[k]], axis) for k in support}
-    clips, chosen = self.sampler(videos, support["summary"], labels)
-    found = {k: x.unflatten(0, clips.shape[: axis + 1]) for k, x in self.model.embed(clips.flatten(0, axis)).items()}
-    found |= {"clips": clips, "chosen": chosen, "summary": videos["summary"]}
-    split = [x.split([shots, x.shape[axis] - shots], axis) for x in found.values()]
-    return self.model.adapt(dict(zip(found, (s for s, _ in split))), labels, dict(zip(found, (q for _, q in split))))
+    def adapt(self, support: Embedding, labels: Tensor, query: Embedding) -> tuple[Embedding, Embedding]:
+        "Choose and enlarge for this task, then embed: supports and queries pass the backbone in one call."
+        axis, shots = labels.ndim - 1, labels.shape[-1]
+        videos = {k: torch.cat([support[k], query[k]], axis) for k in support}
+        clips, chosen = self.sampler(videos, support["summary"], labels)
+        found = {k: x.unflatten(0, clips.shape[: axis + 1]) for k, x in self.model.embed(clips.flatten(0, axis)).items()}
+        found |= {"clips": clips, "chosen": chosen, "summary": videos["summary"]}
+        split = [x.split([shots, x.shape[axis] - shots], axis) for x in found.values()]
+        return self.model.adapt(dict(zip(found, (s for s, _ in split))), labels, dict(zip(found, (q for _, q in split))))
 
-# %% ../../nbs/40_methods/sampler.ipynb #dcae1800
-@extend(SampledModel)
-def score(self: SampledModel, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "The inner method's."
-    return self.model.score(support, labels, query, ways)
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "The inner method's."
+        return self.model.score(support, labels, query, ways)
 
-@extend(SampledModel)
-def losses(self: SampledModel, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "The inner method's, on the clips that it saw."
-    return self.model.losses(replace(episode, support=support["clips"], query=query["clips"]), support, query, logits)
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "The inner method's, on the clips that it saw."
+        return self.model.losses(replace(episode, support=support["clips"], query=query["clips"]), support, query, logits)
 
-@extend(SampledModel)
-def class_features(self: SampledModel, embedding: Embedding) -> Tensor: return self.model.class_features(embedding)
-@extend(SampledModel)
-def frame_tokens(self: SampledModel, embedding: Embedding) -> Tensor: return self.model.frame_tokens(embedding)
+    def class_features(self, embedding: Embedding) -> Tensor: return self.model.class_features(embedding)
+
+    def frame_tokens(self, embedding: Embedding) -> Tensor: return self.model.frame_tokens(embedding)

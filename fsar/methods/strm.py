@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.matching import frame_similarity
 from .trx import HEADS_LAYOUT, RESNET_LAYOUT, Positions, TupleAttention, add_slots, project_slots
-from ..model.base import METHODS, Embedding, FewShotModel, by_class, class_slots
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import by_class, class_slots
 
 # %% ../../nbs/40_methods/strm.ipynb #da5875ca
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -89,17 +90,15 @@ class QueryClass(nn.Module):
         "φ of all pairs."
         return frame_similarity(z[..., None, :, :], other[..., None, :, :])[..., 0, 0, :, :] if self.similarity == "cosine" else -torch.cdist(z, other)
 
-# %% ../../nbs/40_methods/strm.ipynb #46b92a52
-@extend(QueryClass)
-def forward(self: QueryClass, query: Tensor, support: Tensor,  # (..., Q, 2, T, width), (..., S, 2, T, width)
-            labels: Tensor, ways: int) -> Tensor:  # (..., Q, N)
-    "M(q, c): the mean over the query's pairs of the best φ among the pairs of class c."
-    slots, real = class_slots(labels, ways)
-    z, other = (add_slots(x).relu() for x in (query, support))                                        # (..., Q, P, width), (..., S, P, width)
-    phi = self.compare(z.flatten(-3, -2), other.flatten(-3, -2))                                      # (..., Q·P, S·P)
-    best = reduce(phi, "... a (s p) -> ... s a", "max", s=other.shape[-3])                            # (..., S, Q·P)
-    best = by_class(best, slots).masked_fill(~real[..., None], float("-inf")).amax(-2)                # (..., N, Q·P)
-    return reduce(best, "... n (q p) -> ... q n", "mean", q=z.shape[-3])
+    def forward(self, query: Tensor, support: Tensor,  # (..., Q, 2, T, width), (..., S, 2, T, width)
+                labels: Tensor, ways: int) -> Tensor:  # (..., Q, N)
+        "M(q, c): the mean over the query's pairs of the best φ among the pairs of class c."
+        slots, real = class_slots(labels, ways)
+        z, other = (add_slots(x).relu() for x in (query, support))                                        # (..., Q, P, width), (..., S, P, width)
+        phi = self.compare(z.flatten(-3, -2), other.flatten(-3, -2))                                      # (..., Q·P, S·P)
+        best = reduce(phi, "... a (s p) -> ... s a", "max", s=other.shape[-3])                            # (..., S, Q·P)
+        best = by_class(best, slots).masked_fill(~real[..., None], float("-inf")).amax(-2)                # (..., N, Q·P)
+        return reduce(best, "... n (q p) -> ... q n", "mean", q=z.shape[-3])
 
 # %% ../../nbs/40_methods/strm.ipynb #00d54774
 STRM_LAYOUT = (*((rf"^attn_pat\.{theirs}\.", f"patch.{ours}.") for theirs, ours in (("query_proj", "query"), ("value_conv", "value"))),
@@ -144,36 +143,31 @@ class STRM(FewShotModel):
         self.query_class_weight, self.query_class_scale, self.query_class_at_test = query_class_weight, query_class_scale, query_class_at_test
         if patch and gate: self.silent_at_start = tuple(f"patch.{name}" for name, _ in self.patch.named_parameters() if name.split(".")[0] in ("query", "key", "value"))
 
-# %% ../../nbs/40_methods/strm.ipynb #3ad5761a
-@extend(STRM)
-def embed(self: STRM, clips: Tensor) -> Embedding:
-    "Enriched frames (V, T, D), the projections of the tuple matching and, in training, of the query-class similarity."
-    maps = self.feature_maps(clips)
-    enriched = reduce(maps, "v t d h w -> v t d", "mean") if self.patch is None else self.patch(frame_patches(maps)).mean(2)   # H
-    frames = enriched if self.frame is None else self.frame(enriched)                                                          # E
-    found = {"frames": frames} | self.heads[0].project(self.positions(frames))
-    if self.query_class is not None and (self.training or self.query_class_at_test): found["relation"] = self.query_class.project(enriched)
-    return found
+    def embed(self, clips: Tensor) -> Embedding:
+        "Enriched frames (V, T, D), the projections of the tuple matching and, in training, of the query-class similarity."
+        maps = self.feature_maps(clips)
+        enriched = reduce(maps, "v t d h w -> v t d", "mean") if self.patch is None else self.patch(frame_patches(maps)).mean(2)   # H
+        frames = enriched if self.frame is None else self.frame(enriched)                                                          # E
+        found = {"frames": frames} | self.heads[0].project(self.positions(frames))
+        if self.query_class is not None and (self.training or self.query_class_at_test): found["relation"] = self.query_class.project(enriched)
+        return found
 
-@extend(STRM)
-def score(self: STRM, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "−scale · distance of the tuples; at test in the released form the weighted query-class similarity is added."
-    slots, real = class_slots(labels, ways)
-    sides = {name: by_class(x, slots) for name, x in support.items() if name.startswith(("keys", "values", "sharp"))}
-    logits = -self.scale * self.heads[0].distance(query, sides, real, self.chunk)
-    if self.query_class is None or self.training or not self.query_class_at_test: return logits
-    return logits + self.query_class_weight * self.class_similarity(support, labels, query, ways)
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "−scale · distance of the tuples; at test in the released form the weighted query-class similarity is added."
+        slots, real = class_slots(labels, ways)
+        sides = {name: by_class(x, slots) for name, x in support.items() if name.startswith(("keys", "values", "sharp"))}
+        logits = -self.scale * self.heads[0].distance(query, sides, real, self.chunk)
+        if self.query_class is None or self.training or not self.query_class_at_test: return logits
+        return logits + self.query_class_weight * self.class_similarity(support, labels, query, ways)
 
-@extend(STRM)
-def class_similarity(self: STRM, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
-    "scale · M(q, c)."
-    return self.query_class_scale * self.query_class(query["relation"], support["relation"], labels, ways)
+    def class_similarity(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
+        "scale · M(q, c)."
+        return self.query_class_scale * self.query_class(query["relation"], support["relation"], labels, ways)
 
-@extend(STRM)
-def losses(self: STRM, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "L_TM + 0.1 · L_QC, and the class-label loss that all methods share."
-    parts = super(STRM, self).losses(episode, support, query, logits)
-    if "relation" in query:
-        similarity = self.class_similarity(support, episode.support_labels, query, logits.shape[-1])
-        parts["query_class"] = (self.query_class_weight, F.cross_entropy(similarity, episode.query_labels))
-    return parts
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "L_TM + 0.1 · L_QC, and the class-label loss that all methods share."
+        parts = super(STRM, self).losses(episode, support, query, logits)
+        if "relation" in query:
+            similarity = self.class_similarity(support, episode.support_labels, query, logits.shape[-1])
+            parts["query_class"] = (self.query_class_weight, F.cross_entropy(similarity, episode.query_labels))
+        return parts

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..core.basics import extend
-from ..model.base import METHODS, Embedding, FewShotModel, class_mean, class_weights, interpolation
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import class_mean, class_weights, interpolation
 
 # %% ../../nbs/40_methods/ta2n.ipynb #19686375
 def resampling_matrix(phi: Tensor,  # (..., 2): a and b
@@ -141,64 +141,54 @@ class TA2N(FewShotModel):
         self.offsets = OffsetNetwork(backbone.channels) if coordinate else None
         self.prototype, self.scale, self.box, self.soft, self.perturb = prototype, scale, box, soft, perturb
 
-# %% ../../nbs/40_methods/ta2n.ipynb #0f3ad5bb
-@extend(TA2N)
-def embed(self: TA2N, clips: Tensor  # (V, T, 3, H, W)
-          ) -> Embedding:
-    "`frames` (V, T, C), or with spatial coordination `maps` (V, T, C, h, w) and the halves of the offset network; keys and queries of the rearrangement."
-    maps, found = self.feature_maps(clips), {}
-    if self.transform is not None: maps = self.transform(maps)
-    if self.offsets is not None: found |= self.offsets.embed(maps)
-    if self.rearrangement is not None:
-        frames = reduce(maps, "v t c h w -> v t c", "mean")                                  # G(F)
-        found |= {"keys": self.rearrangement.key(frames), "queries": self.rearrangement.query(frames)}
-    features = {"maps": maps} if self.offsets is not None else {"frames": reduce(maps, "v t c h w -> v t c", "mean")}
-    return found | {name: self._values(x) for name, x in features.items()}
+    def embed(self, clips: Tensor  # (V, T, 3, H, W)
+              ) -> Embedding:
+        "`frames` (V, T, C), or with spatial coordination `maps` (V, T, C, h, w) and the halves of the offset network; keys and queries of the rearrangement."
+        maps, found = self.feature_maps(clips), {}
+        if self.transform is not None: maps = self.transform(maps)
+        if self.offsets is not None: found |= self.offsets.embed(maps)
+        if self.rearrangement is not None:
+            frames = reduce(maps, "v t c h w -> v t c", "mean")                                  # G(F)
+            found |= {"keys": self.rearrangement.key(frames), "queries": self.rearrangement.query(frames)}
+        features = {"maps": maps} if self.offsets is not None else {"frames": reduce(maps, "v t c h w -> v t c", "mean")}
+        return found | {name: self._values(x) for name, x in features.items()}
 
-@extend(TA2N)
-def _values(self: TA2N, features: Tensor  # (V, T, C, ...)
-            ) -> Tensor:
-    "W_v F."
-    return features if self.rearrangement is None else torch.einsum("dc,vtc...->vtd...", self.rearrangement.value.weight, features)
+    def _values(self, features: Tensor  # (V, T, C, ...)
+                ) -> Tensor:
+        "W_v F."
+        return features if self.rearrangement is None else torch.einsum("dc,vtc...->vtd...", self.rearrangement.value.weight, features)
 
-@extend(TA2N)
-def frame_tokens(self: TA2N, embedding: Embedding) -> Tensor:
-    "Frames of the resampled video, averaged over space."
-    return embedding["frames"] if "frames" in embedding else reduce(embedding["maps"], "... c h w -> ... c", "mean")
+    def frame_tokens(self, embedding: Embedding) -> Tensor:
+        "Frames of the resampled video, averaged over space."
+        return embedding["frames"] if "frames" in embedding else reduce(embedding["maps"], "... c h w -> ... c", "mean")
 
-# %% ../../nbs/40_methods/ta2n.ipynb #05ce57fa
-@extend(TA2N)
-def order(self: TA2N, support: Embedding, query: Embedding) -> Tensor | None:  # (..., Q, S, T, U)
-    "M_e, or None where the frames stay as they are."
-    return None if self.rearrangement is None else self.rearrangement.attention(support["keys"], query["queries"])
+    def order(self, support: Embedding, query: Embedding) -> Tensor | None:  # (..., Q, S, T, U)
+        "M_e, or None where the frames stay as they are."
+        return None if self.rearrangement is None else self.rearrangement.attention(support["keys"], query["queries"])
 
-@extend(TA2N)
-def masks(self: TA2N, support: Embedding, query: Embedding, order: Tensor | None) -> tuple[Tensor, Tensor]:  # (..., Q, S, T, h, w) both
-    "The boxes of every pair, for the support's frames and for the query's."
-    half = query["query_half"]
-    moved = half[..., :, None, :, :, :, :] if order is None else torch.einsum("...qstu,...qduhw->...qsdthw", order, half)
-    offset = self.offsets(support["support_half"][..., None, :, :, :, :, :] + moved)                              # (..., Q, S, T, 2)
-    return tuple(box_mask(sign * offset, half.shape[-2:], self.box, self.soft, self.perturb if self.training else 0.0) for sign in (1, -1))
+    def masks(self, support: Embedding, query: Embedding, order: Tensor | None) -> tuple[Tensor, Tensor]:  # (..., Q, S, T, h, w) both
+        "The boxes of every pair, for the support's frames and for the query's."
+        half = query["query_half"]
+        moved = half[..., :, None, :, :, :, :] if order is None else torch.einsum("...qstu,...qduhw->...qsdthw", order, half)
+        offset = self.offsets(support["support_half"][..., None, :, :, :, :, :] + moved)                              # (..., Q, S, T, 2)
+        return tuple(box_mask(sign * offset, half.shape[-2:], self.box, self.soft, self.perturb if self.training else 0.0) for sign in (1, -1))
 
-# %% ../../nbs/40_methods/ta2n.ipynb #f8aa33e1
-@extend(TA2N)
-def align(self: TA2N, support: Embedding, query: Embedding) -> tuple[Tensor, Tensor]:  # both broadcast to (..., Q, S, T, C)
-    "Frames of every pair that are to be compared one by one: the query's and the support's."
-    order = self.order(support, query)
-    if self.offsets is None:
-        frames = query["frames"][..., :, None, :, :]
-        return (frames if order is None else order @ frames), support["frames"][..., None, :, :, :]
-    support_mask, query_mask = self.masks(support, query, order)
-    pooled = torch.einsum("...qsthw,...stchw->...qstc", support_mask, support["maps"])
-    if order is None: return torch.einsum("...qsthw,...qtchw->...qstc", query_mask, query["maps"]), pooled
-    weights = torch.einsum("...qstu,...qsthw->...qstuhw", order, query_mask)                                      # when and where at once
-    return torch.einsum("...qstuhw,...quchw->...qstc", weights, query["maps"]), pooled
+    def align(self, support: Embedding, query: Embedding) -> tuple[Tensor, Tensor]:  # both broadcast to (..., Q, S, T, C)
+        "Frames of every pair that are to be compared one by one: the query's and the support's."
+        order = self.order(support, query)
+        if self.offsets is None:
+            frames = query["frames"][..., :, None, :, :]
+            return (frames if order is None else order @ frames), support["frames"][..., None, :, :, :]
+        support_mask, query_mask = self.masks(support, query, order)
+        pooled = torch.einsum("...qsthw,...stchw->...qstc", support_mask, support["maps"])
+        if order is None: return torch.einsum("...qsthw,...qtchw->...qstc", query_mask, query["maps"]), pooled
+        weights = torch.einsum("...qstu,...qsthw->...qstuhw", order, query_mask)                                      # when and where at once
+        return torch.einsum("...qstuhw,...quchw->...qstc", weights, query["maps"]), pooled
 
-@extend(TA2N)
-def score(self: TA2N, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
-    "−scale · the mean distance of aligned frames, averaged over each class's supports."
-    if self.prototype:
-        support = {name: class_mean(x, labels, ways) for name, x in support.items()}
-        labels = torch.arange(ways, device=labels.device).expand(*labels.shape[:-1], ways)
-    distances = (1 - F.cosine_similarity(*self.align(support, query), dim=-1)).mean(-1)                           # (..., Q, S)
-    return -self.scale * distances @ class_weights(labels, ways, distances.dtype).mT
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
+        "−scale · the mean distance of aligned frames, averaged over each class's supports."
+        if self.prototype:
+            support = {name: class_mean(x, labels, ways) for name, x in support.items()}
+            labels = torch.arange(ways, device=labels.device).expand(*labels.shape[:-1], ways)
+        distances = (1 - F.cosine_similarity(*self.align(support, query), dim=-1)).mean(-1)                           # (..., Q, S)
+        return -self.scale * distances @ class_weights(labels, ways, distances.dtype).mT

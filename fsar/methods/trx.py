@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone, numbered_resnet
-from ..core.basics import FsarError, extend
+from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
-from ..model.base import METHODS, Embedding, FewShotModel, by_class, class_slots, sinusoids, widened
+from ..model.base import METHODS, Embedding, FewShotModel, widened
+from ..model.blocks import by_class, class_slots, sinusoids
 
 # %% ../../nbs/40_methods/trx.ipynb #e3f72596
 def tuple_index(frames: int,  # T
@@ -94,29 +95,47 @@ class TupleAttention(nn.Module):
         keys, values, sharp = self.parts(embedding)
         return self.norm.weight * add_slots(keys) * sharp[..., None] + self.norm.bias, add_slots(values)
 
-# %% ../../nbs/40_methods/trx.ipynb #576eaf3b
-@extend(TupleAttention)
-def products(self: TupleAttention, query: Tensor,  # (E, Q, ω, T, d)
-             support: Tensor,  # (E, N, K, ω, T, d)
-             ) -> Tensor:  # (E, N, Q, ω·T, K·ω·T)
-    "Dot products of all slots, ordered by class."
-    found = query.flatten(1, 3) @ support.flatten(1, 4).mT
-    return rearrange(found, "e (q u) (n s) -> e n q u s", q=query.shape[1], n=support.shape[1])
+    def products(self, query: Tensor,  # (E, Q, ω, T, d)
+                 support: Tensor,  # (E, N, K, ω, T, d)
+                 ) -> Tensor:  # (E, N, Q, ω·T, K·ω·T)
+        "Dot products of all slots, ordered by class."
+        found = query.flatten(1, 3) @ support.flatten(1, 4).mT
+        return rearrange(found, "e (q u) (n s) -> e n q u s", q=query.shape[1], n=support.shape[1])
 
-@extend(TupleAttention)
-def attention(self: TupleAttention, products: Tensor,  # (E, N, Q, ω·T, K·ω·T) of g² times the queries' keys and the supports' keys
-              offset: Tensor,  # (E, N, 1, 1, K·ω·T): (g b) · k of the supports' slots
-              matrix: Tensor,  # (P', ω·T) which query tuples
-              sharp: Tensor,  # (E, Q, P') 1/σ of these
-              class_sharp: Tensor,  # (E, N, K, P)
-              real: Tensor,  # (E, N, K) whether there is such an example
-              ) -> Tensor:  # (E, N, Q, P', K, P), sums to 1 over the last two
-    "How much each query tuple takes from each tuple of a class."
-    left = (matrix @ products) * sharp[:, None, ..., None] + offset                                          # (E, N, Q, P', K·ω·T)
-    all_tuples = tuple_matrix(matrix.shape[1] // self.cardinality, self.cardinality, matrix)
-    scores = left.unflatten(-1, (class_sharp.shape[2], -1)) @ all_tuples.mT * (class_sharp * self.norm.normalized_shape[0] ** -0.5)[:, :, None, None]
-    if not real.all(): scores = scores.masked_fill(~real[:, :, None, None, :, None], float("-inf"))
-    return scores.flatten(-2).softmax(-1).view(scores.shape)
+    def attention(self, products: Tensor,  # (E, N, Q, ω·T, K·ω·T) of g² times the queries' keys and the supports' keys
+                  offset: Tensor,  # (E, N, 1, 1, K·ω·T): (g b) · k of the supports' slots
+                  matrix: Tensor,  # (P', ω·T) which query tuples
+                  sharp: Tensor,  # (E, Q, P') 1/σ of these
+                  class_sharp: Tensor,  # (E, N, K, P)
+                  real: Tensor,  # (E, N, K) whether there is such an example
+                  ) -> Tensor:  # (E, N, Q, P', K, P), sums to 1 over the last two
+        "How much each query tuple takes from each tuple of a class."
+        left = (matrix @ products) * sharp[:, None, ..., None] + offset                                          # (E, N, Q, P', K·ω·T)
+        all_tuples = tuple_matrix(matrix.shape[1] // self.cardinality, self.cardinality, matrix)
+        scores = left.unflatten(-1, (class_sharp.shape[2], -1)) @ all_tuples.mT * (class_sharp * self.norm.normalized_shape[0] ** -0.5)[:, :, None, None]
+        if not real.all(): scores = scores.masked_fill(~real[:, :, None, None, :, None], float("-inf"))
+        return scores.flatten(-2).softmax(-1).view(scores.shape)
+
+    def distance(self, query: Embedding,  # what `project` gives, (..., Q, ω, T, d)
+                 support: Embedding,  # (..., N, K, ω, T, d): side by side by class
+                 real: Tensor,  # (..., N, K) whether there is such an example
+                 chunk: int = 0,  # query tuples at a time, 0: all
+                 ) -> Tensor:  # (..., Q, N)
+        "Mean over the query's tuples of the squared distance to their prototype, ‖v − Σ a v‖²."
+        lead, real = real.shape[:-2], real.flatten(0, -3) if real.ndim > 2 else real[None]                       # E: leading axes as one
+        keys, values, sharp = (x.reshape(len(real), *x.shape[len(lead):]) for x in self.parts(query))
+        class_keys, class_values, class_sharp = (x.reshape(len(real), *x.shape[len(lead):]) for x in self.parts(support))
+        middle = class_values.detach().mean((1, 2, 4), keepdim=True)                                             # (E, 1, 1, ω, 1, d)
+        values, class_values = values - middle[:, 0], class_values - middle
+        alike = self.products(self.norm.weight ** 2 * keys, class_keys), self.products(values, class_values)
+        offset = rearrange(class_keys @ (self.norm.weight * self.norm.bias), "e n k i t -> e n 1 1 (k i t)")
+        own, length = squared_lengths(values), squared_sum(class_values.flatten(2, 4), sharp[0].numel())         # (E, Q, P)
+        matrix = tuple_matrix(keys.shape[-2], self.cardinality, keys)
+        def squared(q: slice, p: slice) -> Tensor:                                                               # (E, N, Q', P')
+            taken = (self.attention(alike[0][:, :, q], offset, matrix[p], sharp[:, q, p], class_sharp, real) @ matrix).flatten(-2)
+            return own[:, None, q, p] + length(taken.flatten(2, 3)).view(taken.shape[:-1]) - 2 * (taken * (matrix[p] @ alike[1][:, :, q])).sum(-1)
+        found = sum_of_parts(squared, *own.shape[1:], chunk) / len(matrix)
+        return found.mT.reshape(*lead, *found.mT.shape[1:])
 
 # %% ../../nbs/40_methods/trx.ipynb #c6915dea
 def squared_sum(x: Tensor,  # (..., n, d)
@@ -134,29 +153,6 @@ def sum_of_parts(squared: Callable[[slice, slice], Tensor], queries: int, tuples
     at_once, step = max(1, chunk // tuples) if chunk else queries, min(chunk or tuples, tuples)
     whole = lambda q: sum(squared(q, slice(p, p + step)).sum(-1) for p in range(0, tuples, step))
     return torch.cat([whole(slice(q, q + at_once)) for q in range(0, queries, at_once)], -1)
-
-# %% ../../nbs/40_methods/trx.ipynb #2e11af70
-@extend(TupleAttention)
-def distance(self: TupleAttention, query: Embedding,  # what `project` gives, (..., Q, ω, T, d)
-             support: Embedding,  # (..., N, K, ω, T, d): side by side by class
-             real: Tensor,  # (..., N, K) whether there is such an example
-             chunk: int = 0,  # query tuples at a time, 0: all
-             ) -> Tensor:  # (..., Q, N)
-    "Mean over the query's tuples of the squared distance to their prototype, ‖v − Σ a v‖²."
-    lead, real = real.shape[:-2], real.flatten(0, -3) if real.ndim > 2 else real[None]                       # E: leading axes as one
-    keys, values, sharp = (x.reshape(len(real), *x.shape[len(lead):]) for x in self.parts(query))
-    class_keys, class_values, class_sharp = (x.reshape(len(real), *x.shape[len(lead):]) for x in self.parts(support))
-    middle = class_values.detach().mean((1, 2, 4), keepdim=True)                                             # (E, 1, 1, ω, 1, d)
-    values, class_values = values - middle[:, 0], class_values - middle
-    alike = self.products(self.norm.weight ** 2 * keys, class_keys), self.products(values, class_values)
-    offset = rearrange(class_keys @ (self.norm.weight * self.norm.bias), "e n k i t -> e n 1 1 (k i t)")
-    own, length = squared_lengths(values), squared_sum(class_values.flatten(2, 4), sharp[0].numel())         # (E, Q, P)
-    matrix = tuple_matrix(keys.shape[-2], self.cardinality, keys)
-    def squared(q: slice, p: slice) -> Tensor:                                                               # (E, N, Q', P')
-        taken = (self.attention(alike[0][:, :, q], offset, matrix[p], sharp[:, q, p], class_sharp, real) @ matrix).flatten(-2)
-        return own[:, None, q, p] + length(taken.flatten(2, 3)).view(taken.shape[:-1]) - 2 * (taken * (matrix[p] @ alike[1][:, :, q])).sum(-1)
-    found = sum_of_parts(squared, *own.shape[1:], chunk) / len(matrix)
-    return found.mT.reshape(*lead, *found.mT.shape[1:])
 
 # %% ../../nbs/40_methods/trx.ipynb #c91c01fa
 def parse_cardinalities(text: str  # such as "2,3"
@@ -193,25 +189,20 @@ class TRX(FewShotModel):
         self.positions = Positions(position_weight, dropout)
         self.heads = nn.ModuleList(TupleAttention(backbone.channels, n, width) for n in sizes)
 
-# %% ../../nbs/40_methods/trx.ipynb #6ee4254a
-@extend(TRX)
-def embed(self: TRX, clips: Tensor) -> Embedding:
-    "Frame features `frames` (V, T, C) and, for every cardinality, their projections."
-    frames = super(TRX, self).embed(clips)["frames"]
-    placed = self.positions(frames)
-    return {"frames": frames} | {name: x for head in self.heads for name, x in head.project(placed).items()}
+    def embed(self, clips: Tensor) -> Embedding:
+        "Frame features `frames` (V, T, C) and, for every cardinality, their projections."
+        frames = super(TRX, self).embed(clips)["frames"]
+        placed = self.positions(frames)
+        return {"frames": frames} | {name: x for head in self.heads for name, x in head.project(placed).items()}
 
-@extend(TRX)
-def score(self: TRX, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-    "−scale · distance, averaged over the cardinalities (paper §3.3)."
-    slots, real = class_slots(labels, ways)
-    support = {name: by_class(x, slots) for name, x in support.items() if name != "frames"}
-    return -self.scale * sum(head.distance(query, support, real, self.chunk) for head in self.heads) / len(self.heads)
+    def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
+        "−scale · distance, averaged over the cardinalities (paper §3.3)."
+        slots, real = class_slots(labels, ways)
+        support = {name: by_class(x, slots) for name, x in support.items() if name != "frames"}
+        return -self.scale * sum(head.distance(query, support, real, self.chunk) for head in self.heads) / len(self.heads)
 
-# %% ../../nbs/40_methods/trx.ipynb #9b08e755
-@extend(TRX)
-def losses(self: TRX, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
-    "The losses that all methods have; the episode's is summed over queries where released code is followed."
-    parts = super(TRX, self).losses(episode, support, query, logits)
-    weight, value = parts["episode"]
-    return parts | {"episode": (weight * len(logits) if self.loss_sum else weight, value)}
+    def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor) -> dict[str, tuple[float, Tensor]]:
+        "The losses that all methods have; the episode's is summed over queries where released code is followed."
+        parts = super(TRX, self).losses(episode, support, query, logits)
+        weight, value = parts["episode"]
+        return parts | {"episode": (weight * len(logits) if self.loss_sum else weight, value)}

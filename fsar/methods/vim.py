@@ -17,7 +17,9 @@ from ..backbones.base import Backbone
 from ..data.episodes import EpisodeBatch
 from .sampler import SampledModel
 from .ta2n import TA2N
-from ..model.base import METHODS, Embedding, FewShotModel, class_to_query, keywords_of
+from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.blocks import class_to_query
+from ..model.registry import keywords_of
 
 # %% ../../nbs/40_methods/vim.ipynb #7c850f97
 def info_nce(a: Tensor, b: Tensor,  # (V, d) both: row i of one belongs to row i of the other

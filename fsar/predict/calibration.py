@@ -8,7 +8,7 @@ __all__ = ['AT_ONCE', 'BLUE', 'ORANGE', 'GREY', 'temperature', 'Trials', 'trials
 
 # %% ../../nbs/80_predict/03_calibration.ipynb #64db1112
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

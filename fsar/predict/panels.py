@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core.basics import FsarError
-from ..data.episodes import EpisodeBatch, EpisodeTable, VideoClips
+from ..data.episodes import EpisodeBatch, EpisodeTable, VideoClips, episode_batch
 from ..engine.evaluation import testing
-from ..experiments.runs import episode_batch
 from ..model.matching import alignment, frame_similarity, otam
-from ..model.base import SAMPLERS, Embedding, FewShotModel, class_weights
+from ..model.base import SAMPLERS, Embedding, FewShotModel
+from ..model.blocks import class_weights
 from ..reports.figures import ACCENT, INK, draw_alignment, set_style
 
 # %% ../../nbs/80_predict/07_panels.ipynb #f679ae60

@@ -11,8 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.basics import FsarError, nearest, resource
-from ..model.base import METHODS, SAMPLERS, FewShotModel, keywords_of, load_methods, method_options, parse_options
+from ..core.basics import FsarError, nearest
+from ..core.files import resource
+from ..model.base import METHODS, SAMPLERS, FewShotModel
+from ..model.registry import keywords_of, load_methods, method_options, parse_options
 from ..data.splits import BENCHMARKS, benchmark_name, load_split
 
 # %% ../../nbs/60_reports/03_published.ipynb #30f3a6fb

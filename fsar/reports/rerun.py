@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import NEUTRAL
-from ..core.basics import FsarError, atomic_path, read_json, resource, write_json, writing
+from ..core.basics import FsarError
+from ..core.files import atomic_path, read_json, resource, write_json, writing
 from .figures import duration
 
 # %% ../../nbs/60_reports/05_rerun.ipynb #a662013f

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from fsar.core.basics import read_json, torch_seed, write_json
+from fsar.core.files import read_json, write_json
+from fsar.core.basics import torch_seed
 from fsar.bench.growth import Task, counts, learning, noise_batch, scoring, subject
 from fsar.model.matching import MATCHERS
-from fsar.model.base import create_model, load_methods
-from fsar.bench.sizes import noise
+from fsar.model.registry import create_model, load_methods
+from fsar.model.counting import noise
 
 BUDGETS = Path(__file__).with_name("operations.json")
 SLACK = {"multiply_adds": 0.0, "elements": 0.05, "calls": 0.05}  # versions of torch put some operators together otherwise; arithmetic is arithmetic

@@ -15,14 +15,13 @@ import papermill
 import pytest
 import torch
 
-from fsar.bench import measures as benchmark
+from fsar.bench import benchmark as bench_benchmark, measures as benchmark, references, report, timing
 from fsar.cli import main as cli
-from fsar.bench import references
-from fsar.bench import timing
-from fsar.bench.measures import ITEMS, Goal, Settings
-from fsar.core.basics import FsarError, read_json, resource, write_json
+from fsar.bench.items import ITEMS, Goal, Settings
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, resource, write_json
 from fsar.model.matching import bimhm, otam
-from fsar.model.base import create_model
+from fsar.model.registry import create_model
 from fsar.reports.rerun import same_figures
 
 QUICK = Settings(rounds=1, quick=True)
@@ -102,7 +101,7 @@ def test_every_item_measures_and_compares(name, quick):
         value = r["measured"]["value"]
         assert r["device"] == "cpu" and r["case"] and r["unit"] and value["low"] <= value["median"] <= value["high"]
         assert value["median"] > 0 or r["counts"] == {"torch imported": 0} or r["case"] == "import fsar"  # a difference of two noisy times
-        assert benchmark.verdict(r, quick=True) == ("not judged" if r["goal"] else "–") and benchmark.verdict(r) in ("met", "missed", "–")
+        assert report.verdict(r, quick=True) == ("not judged" if r["goal"] else "–") and report.verdict(r) in ("met", "missed", "–")
         if r["equal"]: assert r["equal"]["holds"] and 0 <= r["measured"]["apart"] <= r["equal"]["tolerance"]
     assert (any(r["goal"] for r in rows) or name == "compile") and (any(r["equal"] for r in rows) or name == "start")
     assert len({r["case"] for r in rows}) == len(rows)
@@ -147,21 +146,21 @@ def rows_of(value=3.0, goal=Goal(10), unit="times as fast", **more):
 @pytest.mark.parametrize("value, goal, said", [(3, Goal(10), "missed"), (10, Goal(10), "met"), (30, Goal(10), "met"), (1.6, Goal(1.5, most=True), "missed"), (1.5, Goal(1.5, most=True), "met"), (3, None, "–")])
 def test_a_goal_is_met_or_missed(value, goal, said):
     metrics = {"rows": [rows_of(value, goal)], "settings": {"quick": False, "items": ["otam"], "devices": ["cpu"]}, "failed": {}}
-    table = benchmark.goal_table(metrics)
-    assert table["verdict"].tolist() == [said] and table["measured"][0].endswith("times as fast") and benchmark.goal_table(metrics | {"settings": {"quick": True}})["verdict"].tolist() == ["not judged" if goal else "–"]
-    text = benchmark.notes(metrics)
+    table = report.goal_table(metrics)
+    assert table["verdict"].tolist() == [said] and table["measured"][0].endswith("times as fast") and report.goal_table(metrics | {"settings": {"quick": True}})["verdict"].tolist() == ["not judged" if goal else "–"]
+    text = report.notes(metrics)
     assert ("What bounds it: the sweep" in text and "*Missed: T = 8 (" in text) == (said == "missed")
-    assert ("missed: OTAM, forward and backward (T = 8)" in benchmark.summary(metrics["rows"], False, {})) == (said == "missed")
+    assert ("missed: OTAM, forward and backward (T = 8)" in report.summary(metrics["rows"], False, {})) == (said == "missed")
 
 
 def test_the_table_tells_rates_ratios_and_equality():
     rows = [rows_of(250, Goal(2000), "episodes/s", ratio=[4, 5, 6], equal="logits", tolerance=1e-4, apart=2e-6), rows_of(12, rates={"ours": 400, "reference": 33.333}, rate_unit="clips/s")]
-    table = benchmark.goal_table({"rows": rows, "settings": {"quick": False}})
+    table = report.goal_table({"rows": rows, "settings": {"quick": False}})
     assert table["goal"].tolist() == ["≥ 2,000 episodes/s", "≥ 10 times as fast"] and table["ours beside the reference"].tolist() == ["5 (4 … 6) times as fast", "400 against 33.3 clips/s"]
     assert table["equal within"].tolist() == ["logits, 2e-06 of 1e-04", "–"] and table["measured"][0] == "250 (225 … 300) episodes/s"
-    drawn = benchmark.panels(rows)
+    drawn = report.panels(rows)
     assert [(r["unit"], s["median"], goal) for part in drawn.values() for r, s, goal in part] == [("episodes/s", 5, None), ("times as fast", 12, 10)]
-    assert benchmark.panels(rows, quick=True)["times as fast, fewer or less than the reference"][1][2] is None
+    assert report.panels(rows, quick=True)["times as fast, fewer or less than the reference"][1][2] is None
 
 
 # companions
@@ -232,7 +231,7 @@ def test_the_report_by_the_command_line(made, says_its_origin):
     assert "a quick look" in metrics["headline"] and "goals are not judged" in page and "not judged" in page and "A quick look: sizes are small" in page and ">met<" not in page and "Traceback" not in page
     assert metrics["command"] == f"fsar bench --items otam trx --rounds 2 --quick --device cpu --out {made}" and metrics["command"] in page
     assert (made / "figures" / "ratios.png").stat().st_size > 5000 and sorted(p.name for p in (made / "items").iterdir()) == ["otam.json", "trx.json"]
-    for r in metrics["rows"]: assert benchmark.spread_text(r["measured"]["value"]) in page
+    for r in metrics["rows"]: assert report.spread_text(r["measured"]["value"]) in page
 
 
 def test_times_are_no_difference_between_two_benchmarks(made):
@@ -255,14 +254,14 @@ def test_what_is_finished_is_reused_and_the_rest_is_measured(made, tmp_path, cap
     kept = read_json(made / "items" / "otam.json")
     write_json(tmp_path / "items" / "otam.json", kept)
     measured = []
-    monkeypatch.setattr(benchmark, "measuring", lambda name, **how: lambda: measured.append(name) or [{"item": name, **r} for r in ITEMS[name].measure(QUICK)])
+    monkeypatch.setattr(bench_benchmark, "measuring", lambda name, **how: lambda: measured.append(name) or [{"item": name, **r} for r in ITEMS[name].measure(QUICK)])
     assert cli.main(["bench", "--quick", "--items", "otam", "trx", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path), "--json"]) == 0
     told = capsys.readouterr()
     assert measured == ["trx"] and "measured before: otam" in told.err
     metrics = json.loads(told.out)
     assert metrics["rows"][:2] == kept["rows"] and metrics["sound"] and len(metrics["rows"]) == 4
     write_json(tmp_path / "items" / "otam.json", kept | {"code": "0" * 64})  # of other source
-    benchmark.measure_all(["otam", "trx"], {"devices": ["cpu"], "rounds": 2, "quick": True}, tmp_path / "items", progress=False)
+    bench_benchmark.measure_all(["otam", "trx"], {"devices": ["cpu"], "rounds": 2, "quick": True}, tmp_path / "items", progress=False)
     assert measured == ["trx", "otam"]
 
 
@@ -285,9 +284,9 @@ def test_an_item_that_fails_is_told_and_spoils_nothing(tmp_path, capsys, monkeyp
 
 
 def test_a_measured_item_has_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "measuring", lambda **how: pytest.fail("measured in this process"))
+    monkeypatch.setattr(bench_benchmark, "measuring", lambda **how: pytest.fail("measured in this process"))
     monkeypatch.setattr(benchmark, "companion", lambda make, **how: timing.companion(make, **how | {"quick": True}))
-    found = benchmark.measure_item("otam", {"devices": ["cpu"], "rounds": 1, "quick": False}, tmp_path / "otam.json")
+    found = bench_benchmark.measure_item("otam", {"devices": ["cpu"], "rounds": 1, "quick": False}, tmp_path / "otam.json")
     assert [r["case"] for r in found["rows"]] == ["T = 4", "T = 6"] and read_json(tmp_path / "otam.json") == found
 
 

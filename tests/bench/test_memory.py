@@ -9,14 +9,16 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from fsar.bench import costs
-from fsar.engine import evaluation
-from fsar.engine import training
+from fsar.engine import devices, evaluation
 from fsar.backbones.base import BACKBONES, Backbone, channels_last, segments
 from fsar.core.config import NEUTRAL, Config, differing
 from fsar.core.basics import FsarError, torch_seed
 from fsar.data.episodes import EpisodeBatch, episode_loader
-from fsar.model.base import METHODS, create_model
-from fsar.engine.training import batches_from, choose_precision, prepare_run, train, training_settings
+from fsar.model.base import METHODS
+from fsar.model.registry import create_model
+from fsar.engine.training import batches_from, train, training_settings
+from fsar.engine.devices import choose_precision
+from fsar.engine.run import prepare_run
 from test_methods import batch, forms, make
 from test_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
 
@@ -271,7 +273,7 @@ def test_all_convolutions_over_pictures_are_laid_out_for_speed():
 @pytest.mark.parametrize("backbone, sampler, faster", [("resnet_micro", "", True), ("resnet50", "", True), ("mobilenet_v2", "", False), ("resnet_micro", "vim", True)])
 def test_auto_takes_bf16_where_the_backbone_is_faster_in_it(backbone, sampler, faster, instructions, monkeypatch):
     "Grouped convolutions are not; the few of the sampler's scan weigh less than the rest."
-    monkeypatch.setattr(training, "_cpu_multiplies_bf16", lambda: instructions)
+    monkeypatch.setattr(devices, "_cpu_multiplies_bf16", lambda: instructions)
     model, cpu = create_model("otam", backbone=backbone, sampler=sampler), torch.device("cpu")
     assert choose_precision("auto", cpu, model) == ("bf16" if faster and instructions else "fp32")
     assert [choose_precision(name, cpu, model) for name in ("fp32", "bf16")] == ["fp32", "bf16"] and choose_precision("auto", torch.device("mps"), model) == "fp32"

@@ -5,10 +5,11 @@ import operations
 import pytest
 import torch
 
-from fsar.core.basics import read_json, torch_seed
+from fsar.core.files import read_json
+from fsar.core.basics import torch_seed
 from fsar.bench.growth import QUICK, SCORE, Plan, Task, answering_episodes, counts, exponents, growth, learning, scoring, subject
 from fsar.model.matching import MATCHERS
-from fsar.model.base import load_methods
+from fsar.model.registry import load_methods
 
 METHODS = sorted(load_methods())
 RECORDED = read_json(operations.BUDGETS)

@@ -8,7 +8,8 @@ from torch import nn
 from fsar.core.basics import torch_seed
 from fsar.bench.growth import QUICK, Task, growth, noise_batch
 from fsar.methods.trx import TupleAttention
-from fsar.model.base import by_class, class_slots, create_model, load_methods
+from fsar.model.blocks import by_class, class_slots
+from fsar.model.registry import create_model, load_methods
 from fsar.bench.profiles import ENGINE, GROUPS, SEGMENTS, attributed, backbone_named, findings, profile_step, segment, shares, slots_of, training_step, tuples_made
 from fsar.bench.timing import profiling
 

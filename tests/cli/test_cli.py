@@ -15,7 +15,8 @@ import pytest
 
 from fsar.cli import main as cli
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json
 from fsar.reports.figures import percent
 
 
@@ -217,7 +218,7 @@ def test_metrics_hold_what_makes_the_run_again(finished, flags, says_its_origin)
 
 def test_single_episodes_are_kept_for_paired_comparisons(finished):
     from fsar.data.episodes import EpisodeTable
-    from fsar.engine.evaluation import Result, compare
+    from fsar.engine.results import Result, compare
     out = finished[0]
     result = Result.from_dict(read_json(out / "results" / "test-5-way-1-shot.json"))
     table = EpisodeTable.load(out / "results" / "test-5-way-1-shot.episodes.safetensors")

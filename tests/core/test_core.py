@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsar.core import basics as core
+from fsar.core import basics as core, files, machine
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
 
@@ -35,14 +35,14 @@ def test_importing_and_building_leaves_the_global_generators_alone():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is a Linux device")
 def test_full_disk_is_named():
-    with pytest.raises(FsarError, match="cannot write /dev/full: no space left on the disk"), core.writing("/dev/full"):
+    with pytest.raises(FsarError, match="cannot write /dev/full: no space left on the disk"), files.writing("/dev/full"):
         with open("/dev/full", "w") as f: f.write("x" * 100_000)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    core.write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(ValueError): core.write_json(tmp_path / "a.json", float("nan"))
-    assert core.read_json(tmp_path / "a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+    files.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError): files.write_json(tmp_path / "a.json", float("nan"))
+    assert files.read_json(tmp_path / "a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_registry_refuses_a_taken_name():
@@ -76,7 +76,7 @@ def test_configuration_survives_json_and_hashes_only_what_counts():
 
 FAULTS = """
 import resource, sys, threading, torch
-from fsar.core.basics import keep_freed_memory
+from fsar.core.machine import keep_freed_memory
 kept = keep_freed_memory(scarce=sys.argv[2] == "scarce")
 keep_freed_memory()  # said once, scarce stays
 def step(): [torch.zeros(size, dtype=torch.uint8) for size in (40_000_000, 20_000_000, 2_000_000)]
@@ -115,8 +115,8 @@ def test_memory_is_kept_only_where_glibc_is(library, monkeypatch):
     def load(name):
         if isinstance(library, Exception): raise library
         return library
-    monkeypatch.setattr(core.ctypes, "CDLL", load)
-    assert core._glibc.__wrapped__() is None
-    monkeypatch.setattr(core, "_glibc", lambda: None)
-    monkeypatch.setattr(core, "_scarce", [])  # a test before this one may have trained a large model
-    assert core.keep_freed_memory() is core.keep_freed_memory(scarce=True) is False and not core._scarce
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
+    assert machine._glibc.__wrapped__() is None
+    monkeypatch.setattr(machine, "_glibc", lambda: None)
+    monkeypatch.setattr(machine, "_scarce", [])  # a test before this one may have trained a large model
+    assert machine.keep_freed_memory() is machine.keep_freed_memory(scarce=True) is False and not machine._scarce

@@ -1,7 +1,6 @@
 "From a name or a folder to a prepared data set: what is there, what it says, whether it is still as it was."
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from fsar.data.datasets import check_store, class_table, open_data, prepare_data
 from fsar.data.motions import PRESETS, render, render_dataset, split_classes
 from fsar.data.splits import load_split, video_name
 from fsar.data.store import open_store
-from fsar.data.video import decode_all, write_video
+from fsar.data.video import write_video
 
 SIZES = dict(short_side=32, size=32)
 

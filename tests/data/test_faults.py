@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,15 +17,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pandas as pd
 import pytest
 from av.stream import Disposition
 from av.video.reformatter import ColorRange
 from PIL import Image
 from test_video import cut, encode, silence, turned
 
-from fsar.data import decoding
-from fsar.data import video
+from fsar.data import decoding, video
 from fsar.core.basics import generator
 from fsar.data.decoding import MEMORY, Worker, prepare_video
 from fsar.data.store import open_store

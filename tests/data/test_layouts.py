@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from fsar.cli import main as cli
-from fsar.experiments import runs as experiments
+from fsar.experiments import protocol, runs as experiments
 from fsar.data import store as store_module
 from fsar.engine.checkpoints import save_model
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, sha256_file
+from fsar.core.basics import FsarError
+from fsar.core.files import sha256_file
 from fsar.engine.importers import _base_classes
-from fsar.model.base import create_model
+from fsar.model.registry import create_model
 from fsar.data.motions import PRESETS, render
 from fsar.data.store import open_store, prepare
 from fsar.data.video import write_video
-from fsar.data.splits import BENCHMARKS, SPLITS, SplitWarning, benchmark_manifest, benchmark_name, load_split, video_name
+from fsar.data.splits import BENCHMARKS, SPLITS, benchmark_manifest, benchmark_name, load_split, video_name
 
 ALL = sorted(BENCHMARKS)
 
@@ -284,5 +285,5 @@ def test_full_to_small_stops_and_is_labelled_when_told_to_go_on(full_weights, sm
 def test_a_backbone_that_has_seen_the_test_classes_is_refused_before_training(full_weights, small_store, tmp_path):
     config = Config(dataset=str(small_store), short_side=32, size=32, frames=4, method="protonet", weights=str(full_weights), test_shots=(1,), test_queries=1)
     data = experiments.prepare_data(config)
-    with pytest.raises(FsarError, match="7 of the 24 test classes"): experiments.model_for(config, data)
-    assert experiments.model_for(config.replace(allow_leak=True), data) is not None
+    with pytest.raises(FsarError, match="7 of the 24 test classes"): protocol.model_for(config, data)
+    assert protocol.model_for(config.replace(allow_leak=True), data) is not None

@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fsar.core.basics import FsarError, read_json, sha256_arrays, sha256_file
-from fsar.data.motions import (BACKGROUNDS, CLASSES, PRESETS, Draws, MotionsConfig, cos_sin, contact_sheet, film, film_strip, pairs, render,
-                          render_dataset, schedule, split_classes, value_noise, videos)
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, sha256_arrays, sha256_file
+from fsar.data.motions import BACKGROUNDS, CLASSES, PRESETS, MotionsConfig, contact_sheet, film, pairs, render, render_dataset, schedule, split_classes, value_noise, videos
+from fsar.data.drawing import Draws, cos_sin
+from fsar.data.pictures import film_strip
 from fsar.data.video import decode_all
 
 MINI = PRESETS["motions-mini"]

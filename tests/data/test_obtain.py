@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from fsar.core.basics import FsarError, VIDEO_EXTENSIONS
+from fsar.core.basics import FsarError
+from fsar.data.video import VIDEO_EXTENSIONS
 from fsar.data.sources import ORIGINS, STORE_MB, commands, disk, facts, how_to_get, listed, tree, wanted
 from fsar.data.splits import BENCHMARKS, SPLITS, SplitWarning, benchmark_manifest, load_split, verify, video_name
 

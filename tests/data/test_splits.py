@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import fsar.data.splits as splits
-from fsar.core.basics import FsarError, resource
+from fsar.core.basics import FsarError
+from fsar.core.files import resource
 from fsar.data.splits import (BENCHMARKS, LeakWarning, SplitWarning, benchmark_manifest, folder_manifest, leaks, load_split, sources, verify,
                          video_name, warn_leaks)
 

@@ -15,8 +15,9 @@ import torch
 
 from fsar.engine.checkpoints import (CheckpointWarning, atomic_folder, load_model, newest_sound, optimizer_tensors, read_state, restore_state, save_model, save_state,
                               tensor_bytes, verified)
-from fsar.core.basics import FsarError, sha256_file, sha256_json
-from fsar.model.base import create_model, load_methods
+from fsar.core.basics import FsarError
+from fsar.core.files import sha256_file, sha256_json
+from fsar.model.registry import create_model, load_methods
 
 METHODS = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
 

@@ -10,8 +10,11 @@ import torch
 from fsar.data.augment import TestTransform
 from fsar.core.basics import FsarError, generator
 from fsar.data.episodes import EpisodeSampler, EpisodeTable, VideoClips, episode_table
-from fsar.engine.evaluation import Evaluator, Result, across_seeds, compare, embed_videos, evaluate, mean_ci95, predict_episodes, summarise
-from fsar.model.base import FewShotModel, class_mean, create_model, load_methods
+from fsar.engine.evaluation import Evaluator, embed_videos, evaluate, predict_episodes
+from fsar.engine.results import Result, across_seeds, compare, mean_ci95, summarise
+from fsar.model.base import FewShotModel
+from fsar.model.blocks import class_mean
+from fsar.model.registry import create_model, load_methods
 
 ROWS = np.arange(40)
 

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
-from fsar.core.basics import FsarError, generator, launched, read_json, unlaunched
+from fsar.core.basics import FsarError, generator
+from fsar.core.machine import launched, unlaunched
+from fsar.core.files import read_json
 from fsar.data.episodes import EpisodeSampler, episode_table
-from fsar.engine.evaluation import Evaluator, embed_videos, predict_episodes, world
-from fsar.model.base import create_model
-from fsar.engine.training import agree, first, leave, prepare_run, processes
-from test_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, accuracy, run, settings, tiny
+from fsar.engine.evaluation import Evaluator, embed_videos, predict_episodes
+from fsar.engine.processes import agree, first, leave, processes, world
+from fsar.model.registry import create_model
+from fsar.engine.run import prepare_run
+from test_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, run, settings, tiny
 
 CASES = {}
 case = lambda function: CASES.setdefault(function.__name__, function)
@@ -365,7 +368,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 def test_a_plain_mean_of_all_batches_is_refused():
-    from fsar.engine.training import Traces
+    from fsar.engine.norms import Traces
     with pytest.raises(FsarError, match="momentum=None"): Traces(torch.nn.BatchNorm1d(3, momentum=None))
     frozen = torch.nn.BatchNorm1d(3, momentum=None).eval()  # it only reads its statistics
     assert not any(t is frozen.running_mean for t in Traces(frozen).tensors)

@@ -19,11 +19,16 @@ from torch import nn
 from fsar.backbones.base import Backbone
 from fsar.engine.checkpoints import CheckpointWarning, load_model, verified
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, generator, sha256_file, torch_seed
+from fsar.core.basics import FsarError, generator, torch_seed
+from fsar.core.files import sha256_file
 from fsar.data.episodes import EpisodeBatch
-from fsar.model.base import METHODS, create_model, load_methods
-from fsar.engine.training import (_check_settings, SCHEDULES, MetricsLog, choose_device, is_due, learning_rate, make_optimizer, prepare_run, run_step,
-                           train)
+from fsar.model.base import METHODS
+from fsar.model.registry import create_model, load_methods
+from fsar.engine.training import _check_settings, is_due, run_step, train
+from fsar.engine.optimisers import SCHEDULES, learning_rate, make_optimizer
+from fsar.engine.journal import MetricsLog
+from fsar.engine.devices import choose_device
+from fsar.engine.run import prepare_run
 
 from test_checkpoints import small_disk
 
@@ -436,5 +441,5 @@ def test_a_file_where_the_output_should_be(tmp_path):
 # ---- several processes (more: test_processes.py)
 
 def test_processes_must_share_evenly():
-    from fsar.engine.training import _check_processes
+    from fsar.engine.run import _check_processes
     with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_processes(settings(tasks_per_step=4), 3)

@@ -9,9 +9,10 @@ import torch
 from fsar.experiments import claims
 from fsar.cli import main as cli
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json
 from fsar.methods.sampler import amplify
-from fsar.model.base import create_model
+from fsar.model.registry import create_model
 from fsar.data.motions import PRESETS, render, split_classes
 
 
@@ -46,7 +47,6 @@ def test_change_is_the_mean_difference_to_both_neighbours():
 
 
 def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(dialled, monkeypatch):
-    from fsar.methods import sampler
     model = create_model("protonet", backbone="resnet_micro", sampler="vim", seed=3).eval()
     store = dialled[0.0].store
     clips = torch.stack([store.frames(r, np.arange(16)) for r in range(0, 8)])

@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from fsar.experiments import comparison
-from fsar.experiments import runs as experiments
+from fsar.experiments import comparison, protocol, rows as experiments_rows, runs as experiments, sweeps
+from fsar.engine import results
+from fsar.reports import notebooks, side_by_side
 from fsar.bench import sizes
-from fsar.experiments import sweeps
-from fsar.experiments.comparison import Difference, Row, difference, parse_row, parse_rows
-from fsar.experiments.sweeps import Job, Workers
+from fsar.model import counting
+from fsar.engine.results import Difference, Result, difference
+from fsar.experiments.rows import Row, parse_row, parse_rows
+from fsar.experiments.sweeps import Workers
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json, resource, write_json
-from fsar.engine.evaluation import Result
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, resource, write_json
 
 TEMPLATE = resource("templates") / "compare.ipynb"
 ROWS, SEEDS = ["protonet", "set: bimhm scale=4"], [0, 1]
@@ -54,14 +56,14 @@ def test_wrong_settings_are_refused_before_anything_runs(extra, words, tmp_path)
 # the template
 
 def test_the_parameters_cell_is_the_base_and_what_only_a_comparison_has():
-    extra = dict(runs=[], seeds=[0, 1, 2], reference="", **comparison.HOW, overwrite=False)
-    experiments.check_template(TEMPLATE, comparison.parameters(Config(), **extra))
+    extra = dict(runs=[], seeds=[0, 1, 2], reference="", **experiments_rows.HOW, overwrite=False)
+    notebooks.check_template(TEMPLATE, comparison.parameters(Config(), **extra))
     cell = next(c for c in nbformat.read(TEMPLATE, 4).cells if "parameters" in c.metadata.get("tags", ()))
     values: dict = {}
     exec(cell.source, values)
     defaults = {**Config().to_dict(), **extra, "out": "reports/methods"}
     hints = typing.get_type_hints(Config)
-    for name in [*comparison.BASE, *extra]:
+    for name in [*experiments_rows.BASE, *extra]:
         assert values[name] == defaults[name], name
         if name in hints: assert values["__annotations__"][name] == {tuple: list}.get(typing.get_origin(hints[name]), str if typing.get_origin(hints[name]) is typing.Literal else hints[name]) or typing.get_origin(values["__annotations__"][name]) is list, name
     assert all(p["help"] for p in papermill.inspect_notebook(str(TEMPLATE)).values())
@@ -87,7 +89,7 @@ def result(correct, table="t", seed=0):
 
 
 @pytest.mark.parametrize("freedom, quantile", [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (9, 2.2621572), (30, 2.0422725)])
-def test_quantiles_of_t(freedom, quantile): assert comparison.t_quantile(freedom) == pytest.approx(quantile, rel=1e-6)
+def test_quantiles_of_t(freedom, quantile): assert results.t_quantile(freedom) == pytest.approx(quantile, rel=1e-6)
 
 
 def test_a_difference_by_hand():
@@ -108,8 +110,8 @@ def test_the_larger_interval_decides(value, episodes, seeds, differs):
 
 
 def test_rows_of_other_episodes_have_no_mean():
-    with pytest.raises(FsarError, match="different episodes"): comparison.row_numbers([result([1, 0]), result([1, 0], "u")])
-    assert comparison.row_numbers([result([1, 0])])["std"] is None
+    with pytest.raises(FsarError, match="different episodes"): results.row_numbers([result([1, 0]), result([1, 0], "u")])
+    assert results.row_numbers([result([1, 0])])["std"] is None
 
 
 # one comparison
@@ -126,14 +128,14 @@ def data(base): return experiments.prepare_data(base, progress=False)
 
 
 @pytest.fixture(scope="module")
-def asked(base, data): return experiments.tables_of(base, data)
+def asked(base, data): return protocol.tables_of(base, data)
 
 
 @pytest.fixture(scope="module")
 def flags(base):
     words = ["compare", "--runs", *ROWS, "--seeds", "0", "1"]
     for name, value in base.to_dict().items():
-        if name in comparison.BASE and value != Config().to_dict()[name]: words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        if name in experiments_rows.BASE and value != Config().to_dict()[name]: words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -165,7 +167,7 @@ def test_the_report_is_whole(made, flags, says_its_origin):
     assert command.config(out=command.out).hash == parse(flags).config(out=str(made)).hash and parse_rows(command.runs) == parse_rows(ROWS)
     assert set(metrics["trainings"]) == {"protonet-0", "protonet-1", "set-0", "set-1"} and metrics["versions"]["torch"] in torch.__version__
     for name, run in metrics["trainings"].items():
-        from fsar.core.basics import sha256_file
+        from fsar.core.files import sha256_file
         assert run["weights"] == sha256_file(made / "checkpoints" / name / "last" / "model.safetensors")
 
 
@@ -205,8 +207,8 @@ def test_more_seeds_and_rows_run_only_what_is_missing(made, tmp_path, base, data
     grown = copied(made, tmp_path, base)
     rows, out = parse_rows([*ROWS, "otam"]), Path(grown.out)
     before = times(out)
-    assert not comparison.claim(out, grown, comparison.jobs_of(grown, rows, [0]), {"runs": [*ROWS, "otam"], "seeds": [0], "reference": ""})
-    sweeps.run_jobs(comparison.jobs_of(grown, rows, [0]), data, asked, out, progress=False)
+    assert not comparison.claim(out, grown, experiments_rows.jobs_of(grown, rows, [0]), {"runs": [*ROWS, "otam"], "seeds": [0], "reference": ""})
+    sweeps.run_jobs(experiments_rows.jobs_of(grown, rows, [0]), data, asked, out, progress=False)
     after = times(out)
     assert {k: v for k, v in after.items() if k in before} == before and {k.parts[1] for k in after if k not in before and k.parts[0] == "checkpoints"} == {"otam-0"}
 
@@ -216,7 +218,7 @@ def test_a_finished_training_is_only_tested(made, tmp_path, base, data, asked, m
     out = Path(again.out)
     for file in (out / "results").iterdir(): file.unlink()
     monkeypatch.setattr("fsar.engine.training.run_step", lambda *_: pytest.fail("it trained"))
-    jobs = comparison.jobs_of(again, parse_rows(ROWS), SEEDS)
+    jobs = experiments_rows.jobs_of(again, parse_rows(ROWS), SEEDS)
     sweeps.run_jobs(jobs, data, asked, out, progress=False)
     for job in jobs:
         for name in sweeps.questions(asked): assert read_json(out / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
@@ -224,7 +226,7 @@ def test_a_finished_training_is_only_tested(made, tmp_path, base, data, asked, m
 
 def test_two_processes_give_the_same_numbers(made, tmp_path, base, data, asked, capfd):
     both = base.replace(out=str(tmp_path / "both"))
-    jobs = comparison.jobs_of(both, parse_rows(ROWS), [1])
+    jobs = experiments_rows.jobs_of(both, parse_rows(ROWS), [1])
     sweeps.run_jobs(jobs, data, asked, both.out, workers=Workers(processes=2))
     for job in jobs:
         for name in sweeps.questions(asked): assert read_json(tmp_path / "both" / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
@@ -236,13 +238,13 @@ def test_two_processes_give_the_same_numbers(made, tmp_path, base, data, asked, 
 def test_an_interrupted_training_goes_on_to_the_same_numbers(made, tmp_path, base, data, asked, monkeypatch):
     from fsar.engine import training
     cut = base.replace(out=str(tmp_path / "cut"))
-    out, jobs, steps, whole = tmp_path / "cut", comparison.jobs_of(cut, parse_rows(ROWS[:1]), [0]), [], training.run_step
+    out, jobs, steps, whole = tmp_path / "cut", experiments_rows.jobs_of(cut, parse_rows(ROWS[:1]), [0]), [], training.run_step
     def step(run, batches, number):
         steps.append(number)
         if number == 3 and steps.count(3) == 1: raise KeyboardInterrupt
         return whole(run, batches, number)
     monkeypatch.setattr(training, "run_step", step)
-    monkeypatch.setattr(sweeps.experiments, "training_episodes", experiments.training_episodes)
+    monkeypatch.setattr(sweeps.experiments, "training_episodes", protocol.training_episodes)
     monkeypatch.setattr(training, "is_due", lambda *_: False)
     monkeypatch.setattr(training.time, "monotonic", iter(range(0, 10**6, 40)).__next__)   # a save after every step
     with pytest.raises(KeyboardInterrupt): sweeps.run_jobs(jobs, data, asked, out, progress=False)
@@ -255,15 +257,15 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(made, tmp_path, bas
 def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked):
     some = base.replace(out=str(tmp_path / "some"), episodes=2)
     rows = parse_rows(["protonet", "hot: bimhm scale=1e39"])
-    jobs, out = comparison.jobs_of(some, rows, [0]), tmp_path / "some"
+    jobs, out = experiments_rows.jobs_of(some, rows, [0]), tmp_path / "some"
     sweeps.run_jobs(jobs, data, asked, out, progress=False)
     record = read_json(out / "results" / "hot-0.json")
     assert record["status"] == "failed" and record["reason"].startswith("training stopped at step 0: not finite") and str(tmp_path) not in json.dumps(record["reason"])
     metrics = comparison.measured(some, rows, [0], data)
     assert metrics["rows"]["hot"]["failed"] == [{"seed": 0, "reason": record["reason"]}] and metrics["rows"]["protonet"]["seeds"] == [0]
-    assert "1 of 2 runs FAILED" in metrics["headline"] and metrics["differences"] == [] and "hot, seed 0, did not finish" in comparison.failures(metrics)[0]
-    assert list(comparison.answer_table(metrics)["seeds"]) == ["1", "0 of 1"]
-    comparison.methods_figure(metrics), comparison.pairs_figure(metrics), comparison.limits(metrics), comparison.shown(metrics), comparison.question(metrics)
+    assert "1 of 2 runs FAILED" in metrics["headline"] and metrics["differences"] == [] and "hot, seed 0, did not finish" in side_by_side.failures(metrics)[0]
+    assert list(side_by_side.answer_table(metrics)["seeds"]) == ["1", "0 of 1"]
+    side_by_side.methods_figure(metrics), side_by_side.pairs_figure(metrics), side_by_side.limits(metrics), side_by_side.shown(metrics), side_by_side.question(metrics)
     assert comparison.measured(some, rows, [0], data, reference="hot")["differences"] == []
     with pytest.raises(FsarError, match="none of the 1 runs finished; hot-0: training stopped"): comparison.measured(some, rows[1:], [0], data)
 
@@ -271,14 +273,14 @@ def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked)
 def test_an_error_of_ours_is_kept_with_its_last_line(tmp_path, base, data, asked, monkeypatch):
     monkeypatch.setattr(sweeps, "run_task", lambda *_: {}["no such key"])
     out = tmp_path / "out"
-    sweeps.run_jobs(comparison.jobs_of(base, parse_rows(ROWS), [0]), data, asked, out, progress=False)
+    sweeps.run_jobs(experiments_rows.jobs_of(base, parse_rows(ROWS), [0]), data, asked, out, progress=False)
     record = read_json(out / "results" / "set-0.json")
     assert record["reason"] == "KeyError: 'no such key'" and "run_task" in record["traceback"]
 
 
 def test_a_process_that_is_killed_is_one_failed_run(tmp_path, base, data, asked, monkeypatch):
     monkeypatch.setattr(sweeps, "in_processes", lambda work, tasks, processes, threads: iter([(tasks[0], sweeps._ending(-9))]))
-    job = comparison.jobs_of(base, parse_rows(ROWS[:1]), [0])
+    job = experiments_rows.jobs_of(base, parse_rows(ROWS[:1]), [0])
     sweeps.run_jobs(job, data, asked, tmp_path, workers=Workers(processes=2), progress=False)
     assert "ended with code -9: killed, perhaps for want of memory" in read_json(tmp_path / "results" / "protonet-0.json")["reason"]
 
@@ -298,23 +300,23 @@ def test_what_belongs_to_another_configuration_is_named_and_kept(made, base, fla
     before = times(made)
     assert cli.main([*flags, "--lr", "0.01"]) == 2
     assert f"{made} holds a comparison under another configuration (lr differ): choose another --out" in capsys.readouterr().err
-    jobs = comparison.jobs_of(base.replace(lr=0.01), parse_rows(ROWS), SEEDS)
+    jobs = experiments_rows.jobs_of(base.replace(lr=0.01), parse_rows(ROWS), SEEDS)
     with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(lr differ\)"): sweeps.check_places(made, jobs)
-    with pytest.raises(FsarError, match=r"set-0.json belongs to another configuration \(options differ\)"): sweeps.check_places(made, comparison.jobs_of(base, parse_rows(["protonet", "set: bimhm scale=5"]), [0]))
+    with pytest.raises(FsarError, match=r"set-0.json belongs to another configuration \(options differ\)"): sweeps.check_places(made, experiments_rows.jobs_of(base, parse_rows(["protonet", "set: bimhm scale=5"]), [0]))
     assert times(made) == before
 
 
 def test_other_episodes_and_other_trainings_are_no_results(made, tmp_path, base, data, asked):
     moved = copied(made, tmp_path, base)
-    out, jobs = Path(moved.out), comparison.jobs_of(moved, parse_rows(ROWS), SEEDS)
+    out, jobs = Path(moved.out), experiments_rows.jobs_of(moved, parse_rows(ROWS), SEEDS)
     fewer = dataclasses.replace(asked, tables=tuple(t.head(5) for t in asked.tables))
     with pytest.raises(FsarError, match=r"protonet-0.json belongs to another configuration \(test episodes differ\)"): sweeps.check_places(out, jobs, data, fewer)
     (out / "results" / "protonet-0.json").unlink()
-    other = comparison.jobs_of(moved.replace(lr=0.01), parse_rows(ROWS[:1]), [0])
+    other = experiments_rows.jobs_of(moved.replace(lr=0.01), parse_rows(ROWS[:1]), [0])
     with pytest.raises(FsarError, match=r"checkpoints/protonet-0 belongs to another configuration \(lr differ\)"): sweeps.check_places(out, other, data, asked)
     sweeps.check_places(out, other, data, asked, overwrite=True)
     assert not (out / "checkpoints" / "protonet-0").exists() and (out / "checkpoints" / "protonet-1").exists()
-    sweeps.check_places(out, comparison.jobs_of(moved.replace(test_episodes=50), parse_rows(ROWS[1:]), [1]), overwrite=True)   # other tests, the same training
+    sweeps.check_places(out, experiments_rows.jobs_of(moved.replace(test_episodes=50), parse_rows(ROWS[1:]), [1]), overwrite=True)   # other tests, the same training
     assert not (out / "results" / "set-1.json").exists() and (out / "checkpoints" / "set-1").exists()
 
 
@@ -324,7 +326,7 @@ def test_a_training_of_an_earlier_version_is_still_the_same(made, tmp_path, base
     record = read_json(file)
     for name in ("groups", "train_size", "sampler"): record["training"]["settings"].pop(name)  # fields that it did not know yet
     write_json(file, record)
-    jobs = comparison.jobs_of(moved, parse_rows(ROWS[:1]), [0])
+    jobs = experiments_rows.jobs_of(moved, parse_rows(ROWS[:1]), [0])
     sweeps.check_places(Path(moved.out), jobs, data, asked)
     record["training"]["settings"]["groups"] = True
     write_json(file, record)
@@ -335,7 +337,7 @@ def test_a_result_that_is_not_its_records_is_refused(made, tmp_path, base):
     moved = copied(made, tmp_path, base)
     file = Path(moved.out) / "results" / "set-0-test-5-way-1-shot.json"
     write_json(file, {**read_json(file), "table_hash": "0" * 64})
-    with pytest.raises(FsarError, match="set-0-test-5-way-1-shot.json holds answers to other episodes"): comparison.collect(Path(moved.out), comparison.jobs_of(moved, parse_rows(ROWS), SEEDS))
+    with pytest.raises(FsarError, match="set-0-test-5-way-1-shot.json holds answers to other episodes"): comparison.collect(Path(moved.out), experiments_rows.jobs_of(moved, parse_rows(ROWS), SEEDS))
 
 
 def test_kinds_of_reports_do_not_mix(made, tmp_path, base, capsys):
@@ -352,13 +354,13 @@ def test_kinds_of_reports_do_not_mix(made, tmp_path, base, capsys):
 # sizes
 
 def test_convolutions_and_attention_are_counted_by_hand():
-    def counted(module, x): return sizes.count(lambda: module(x))[1]
+    def counted(module, x): return counting.count(lambda: module(x))[1]
     assert counted(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.zeros(2, 3, 10, 12)) == 2 * 8 * 5 * 6 * 3 * 9
     assert counted(nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.zeros(1, 8, 6, 6)) == 8 * 36 * 9
     assert counted(nn.Conv3d(4, 2, 3, padding=1), torch.zeros(1, 4, 5, 6, 7)) == 2 * 5 * 6 * 7 * 4 * 27
     assert counted(nn.Linear(7, 5), torch.zeros(3, 7)) == 3 * 5 * 7
     q = torch.zeros(2, 8, 9, 16)
-    assert sizes.count(lambda: nn.functional.scaled_dot_product_attention(q, q, q))[1] == 2 * 2 * 8 * 9 * 9 * 16
+    assert counting.count(lambda: nn.functional.scaled_dot_product_attention(q, q, q))[1] == 2 * 2 * 8 * 9 * 9 * 16
     assert counted(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Softmax(1)), torch.zeros(1, 3, 4, 4)) == 0
 
 
@@ -375,15 +377,15 @@ def test_protonet_by_hand():
 def test_shapes_alone_count_what_computing_counts(method, sampler, monkeypatch):
     settings = dict(sampler=sampler, backbone="resnet_micro", size=32, frames=4, ways=2, shots=(1,), queries=3)
     fake = sizes.model_size(method, **settings)
-    monkeypatch.setattr(sizes, "count_verb", lambda model, verb: sizes.count(lambda: verb(model, False)))
+    monkeypatch.setattr(counting, "count_verb", lambda model, verb: counting.count(lambda: verb(model, False)))
     assert sizes.model_size(method, **settings) == fake and fake["embed"] > 0 and fake["score"]["1"] > 0
 
 
 def test_a_method_that_looks_at_values_is_computed():
     def verb(model, fake):
-        x = sizes.noise((2, 3), torch.float32, fake)
+        x = counting.noise((2, 3), torch.float32, fake)
         return x @ x.mT if x.sum() > 0 else x
-    assert sizes.count_verb(nn.Identity(), verb)[1] == 2 * 3 * 2
+    assert counting.count_verb(nn.Identity(), verb)[1] == 2 * 3 * 2
 
 
 def test_every_form_has_a_row(tmp_path, says_its_origin):
@@ -392,13 +394,13 @@ def test_every_form_has_a_row(tmp_path, says_its_origin):
     metrics, page = read_json(tmp_path / "sizes" / "metrics.json"), (tmp_path / "sizes" / "report.html").read_text()
     says_its_origin(metrics, tmp_path / "sizes")
     assert [(row["method"], row["sampler"]) for row in metrics["sizes"]] == sizes.forms() and (tmp_path / "sizes" / "figures" / "sizes.png").exists()
-    for row in metrics["sizes"]: assert sizes.amount(row["embed"]) in page and sizes.amount(row["score"]["5"]) in page
+    for row in metrics["sizes"]: assert counting.amount(row["embed"]) in page and counting.amount(row["score"]["5"]) in page
     write_json(tmp_path / "metrics.json", {"training": {}})
     with pytest.raises(FsarError, match="another kind of report"): sizes.size_report(tmp_path)
 
 
 @pytest.mark.parametrize("number, text", [(0, "–"), (7, "7"), (999, "999"), (1000, "1.00 k"), (12_345, "12.3 k"), (4_090_000_000, "4.09 G"), (5e15, "5000 T")])
-def test_amounts(number, text): assert sizes.amount(number) == text
+def test_amounts(number, text): assert counting.amount(number) == text
 
 
 def test_the_published_comparison_beats_chance_by_far_in_every_row():

@@ -12,9 +12,12 @@ import numpy as np
 import papermill
 import pytest
 
-from fsar.experiments import runs as experiments
+from fsar.experiments import protocol, runs as experiments
+from fsar.reports import notebooks, provenance
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, resource, write_json
+from fsar.core.basics import FsarError
+from fsar.core.files import resource, write_json
+from fsar.data.datasets import dataset_kind
 from fsar.data.episodes import Episode
 
 TEMPLATE = resource("templates") / "train.ipynb"
@@ -32,7 +35,7 @@ def notebook(path, *cells, tags=()):
 def test_the_parameters_cell_is_exactly_the_configuration():
     known = papermill.inspect_notebook(str(TEMPLATE))
     assert list(known) == [f.name for f in dataclasses.fields(Config)]
-    experiments.check_template(TEMPLATE, Config().to_dict())
+    notebooks.check_template(TEMPLATE, Config().to_dict())
 
 
 def test_the_parameters_cell_has_the_defaults_and_types_of_the_configuration():
@@ -63,7 +66,7 @@ def test_a_template_that_does_not_fit_is_an_error(tmp_path, tags, given, words):
     path = notebook(tmp_path / "toy.ipynb", "ways: int = 5", tags=tags)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(FsarError, match=words): experiments.check_template(path, given)
+        with pytest.raises(FsarError, match=words): notebooks.check_template(path, given)
 
 
 def test_a_template_that_is_not_there(tmp_path):
@@ -73,7 +76,7 @@ def test_a_template_that_is_not_there(tmp_path):
 # data
 
 def test_an_unknown_data_set_names_the_nearest():
-    with pytest.raises(FsarError, match="Did you mean 'motions-mini'"): experiments.dataset_kind(Config(dataset="motion-mini"))
+    with pytest.raises(FsarError, match="Did you mean 'motions-mini'"): dataset_kind(Config(dataset="motion-mini"))
 
 
 def test_a_benchmark_wants_its_videos():
@@ -99,24 +102,24 @@ def test_store_may_lie_where_the_user_says(tiny_motions, tmp_path, monkeypatch):
 def test_no_val_classes_is_an_error_unless_nothing_is_selected(tiny_store):
     index = tiny_store.index[tiny_store.index["split"] != "val"]
     data = experiments.Data("tiny", dataclasses.replace(tiny_store, index=index))
-    with pytest.raises(FsarError, match="--protocol last"): experiments.validator(Config(), data, None, "cpu", "fp32")
-    assert experiments.validator(Config(protocol="last"), data, None, "cpu", "fp32") is None
-    assert experiments.validator(Config(validate_every=0), data, None, "cpu", "fp32") is None
+    with pytest.raises(FsarError, match="--protocol last"): protocol.validator(Config(), data, None, "cpu", "fp32")
+    assert protocol.validator(Config(protocol="last"), data, None, "cpu", "fp32") is None
+    assert protocol.validator(Config(validate_every=0), data, None, "cpu", "fp32") is None
 
 
 def test_test_episodes_are_the_same_for_every_method_and_seed(tiny_store):
     data = experiments.Data("tiny", tiny_store)
-    tables = [experiments.table_of(Config(method=m, seed=s, test_queries=2), data, "test", 1, 20) for m, s in (("molo", 0), ("protonet", 7))]
+    tables = [protocol.table_of(Config(method=m, seed=s, test_queries=2), data, "test", 1, 20) for m, s in (("molo", 0), ("protonet", 7))]
     assert tables[0].hash == tables[1].hash
-    assert experiments.table_of(Config(test_queries=2), data, "val", 1, 20).hash != tables[0].hash
+    assert protocol.table_of(Config(test_queries=2), data, "val", 1, 20).hash != tables[0].hash
 
 
 def test_rivals_prefer_a_mistake():
     episode = Episode(classes=np.array([4, 2]), support=np.array([10, 11, 20]), support_labels=np.array([0, 0, 1]), query=np.array([12, 21]), query_labels=np.array([0, 1]))
-    assert experiments.rivals(episode, np.array([0, 0])) == (1, [(20, 1), (10, 0)])
-    assert experiments.rivals(episode, np.array([0, 1])) == (0, [(10, 0), (20, 1)])
+    assert protocol.rivals(episode, np.array([0, 0])) == (1, [(20, 1), (10, 0)])
+    assert protocol.rivals(episode, np.array([0, 1])) == (0, [(10, 0), (20, 1)])
     one_way = Episode(*(np.array(a) for a in ([4], [10], [0], [12], [0])))
-    assert experiments.rivals(one_way, np.array([0])) == (0, [(10, 0)])
+    assert protocol.rivals(one_way, np.array([0])) == (0, [(10, 0)])
 
 
 # provenance
@@ -125,28 +128,28 @@ def test_the_command_makes_the_configuration_again():
     from fsar.cli.main import parse
     config = Config(method="otam", options=("lam=0.2",), test_shots=(1, 3), flip=True, train_classes=("letter_*", "it's"), source=r"(.+)_\d+$", lr=5e-4, out="reports/my run")
     import shlex
-    assert parse(shlex.split(experiments.command(config))[1:]).config() == config
-    assert experiments.command(Config()) == "fsar train --out reports/quickstart"  # the folder always, so that another default changes nothing
+    assert parse(shlex.split(provenance.command(config))[1:]).config() == config
+    assert provenance.command(Config()) == "fsar train --out reports/quickstart"  # the folder always, so that another default changes nothing
 
 
 def test_git_state_is_absent_outside_a_checkout(tmp_path, monkeypatch):
     import fsar
     monkeypatch.setattr(fsar, "__file__", str(tmp_path / "site" / "fsar" / "__init__.py"))
-    assert experiments.git_state() is None
+    assert provenance.git_state() is None
 
 
 # streams and pages
 
 @pytest.mark.parametrize("text, seen", [("a\rb\rc", "c"), ("10%\r20%\r\nnext\n", "20%\nnext\n"), ("\x1b[A\x1b[31mred\x1b[0m", "red"), ("plain\n", "plain\n"), ("", "")])
 def test_settle_keeps_what_a_terminal_shows(text, seen):
-    assert experiments.settle(text) == seen
+    assert notebooks.settle(text) == seen
 
 
 def test_tidy_merges_a_thousand_updates_and_keeps_the_order_of_the_rest(tmp_path):
     toy = nbformat.read(notebook(tmp_path / "toy.ipynb", "fit()"), 4)
     stream = lambda text, name="stderr": nbformat.v4.new_output("stream", name=name, text=text)
     toy.cells[0].outputs = [stream("hello\n", "stdout")] + [stream(f"\r{k}%") for k in range(1000)] + [nbformat.v4.new_output("display_data", data={"text/plain": "x"}), stream("bye\n", "stdout")]
-    experiments.tidy(toy)
+    notebooks.tidy(toy)
     assert [(o.output_type, o.get("text")) for o in toy.cells[0].outputs] == [("stream", "hello\nbye\n"), ("stream", "999%"), ("display_data", None)]
 
 
@@ -156,7 +159,7 @@ def test_a_page_shows_no_code_no_bars_and_embeds_its_pictures(tmp_path):
     toy.cells.insert(0, nbformat.v4.new_markdown_cell("hidden words", metadata={"tags": ["template"]}))
     toy.cells[-1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="99%"), nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo="}, metadata={"image/png": {"alt": "what it shows"}})]
     nbformat.write(toy, tmp_path / "toy.ipynb")
-    text = experiments.to_html(tmp_path / "toy.ipynb", tmp_path / "page.html").read_text()
+    text = notebooks.to_html(tmp_path / "toy.ipynb", tmp_path / "page.html").read_text()
     body = text[text.index("<body>"):]
     assert "secret_code" not in body and "99%" not in body and "hidden words" not in body
     assert 'src="data:image/png;base64,' in body and 'alt="what it shows"' in body and "http" not in text.replace("http-equiv", "")
@@ -177,7 +180,7 @@ def test_another_configuration_is_not_overwritten_unless_asked(tmp_path):
     with pytest.raises(FsarError, match=r"a finished run of another configuration \(lr 0.001 → 0.01\).*--overwrite"):
         experiments.run(config.replace(lr=0.01))
     assert not experiments.claim(tmp_path, config.replace(lr=0.01), "train", True)
-    experiments.clear(tmp_path, "train")
+    notebooks.clear(tmp_path, "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
 
@@ -255,5 +258,5 @@ def test_a_fresh_clone_can_run_the_demo_over_the_published_report():
 @pytest.mark.parametrize("metadata, words", [({}, "names no kernel"), ({"kernelspec": {"name": "no-such-kernel", "display_name": "x"}}, "wants the Jupyter kernel 'no-such-kernel', which is not installed .*python3.*ipykernel install")])
 def test_a_template_whose_kernel_is_missing(tmp_path, metadata, words):
     nbformat.write(nbformat.v4.new_notebook(metadata=metadata), tmp_path / "odd.ipynb")
-    with pytest.raises(FsarError, match=words): experiments.execute(tmp_path / "odd.ipynb", tmp_path / "out.ipynb", {})
+    with pytest.raises(FsarError, match=words): notebooks.execute(tmp_path / "odd.ipynb", tmp_path / "out.ipynb", {})
     assert not (tmp_path / "out.ipynb").exists()

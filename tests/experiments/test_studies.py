@@ -7,14 +7,13 @@ import papermill
 import pytest
 
 from fsar.cli import main as cli
-from fsar.experiments import comparison
-from fsar.experiments import runs as experiments
-from fsar.experiments import studies
-from fsar.experiments.comparison import parse_rows, row_numbers
-from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json, resource
-from fsar.engine.evaluation import Result
-from fsar.model.base import create_model
+from fsar.experiments import comparison, rows as experiments_rows, studies
+from fsar.reports import notebooks
+from fsar.experiments.rows import parse_rows
+from fsar.engine.results import Result, row_numbers
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, resource
+from fsar.model.registry import create_model
 from fsar.experiments.studies import STUDIES, base_of
 
 PARTS = ["ablation_molo", "ablation_strm", "ablation_vim"]
@@ -27,10 +26,10 @@ TINY = ["--short-side", "32", "--size", "32", "--frames", "4", "--episodes", "2"
 def test_rows_exist_and_the_template_has_the_studys_parameters(name):
     study, base, path = STUDIES[name], base_of(name), resource("templates") / f"{name}.ipynb"
     rows = parse_rows(study.rows)
-    assert comparison.reference_of(rows, study.reference) == (study.reference or rows[0].label)
-    for job in comparison.jobs_of(base, rows, [0]): create_model(job.config.method, backbone=job.config.backbone, frames=job.config.frames, options=job.config.options, sampler=job.config.sampler)
+    assert experiments_rows.reference_of(rows, study.reference) == (study.reference or rows[0].label)
+    for job in experiments_rows.jobs_of(base, rows, [0]): create_model(job.config.method, backbone=job.config.backbone, frames=job.config.frames, options=job.config.options, sampler=job.config.sampler)
     given = comparison.parameters(base, runs=[], seeds=[0, 1, 2], reference=study.reference, overwrite=False, **study.own)
-    experiments.check_template(path, given)
+    notebooks.check_template(path, given)
     cell = next(c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", ()))
     values: dict = {}
     exec(cell.source, values)
@@ -149,5 +148,5 @@ def test_the_dial_is_turned_for_every_run_and_kept(tmp_path, monkeypatch):
     times = [p.stat().st_mtime_ns for p in kept]
     monkeypatch.setattr(studies, "tested_on", lambda *_, **__: pytest.fail("tested again"))
     config = base_of("misalignment", **{k: v for k, v in metrics["config"].items()})
-    studies.misaligned(tmp_path / "dial", comparison.jobs_of(config, parse_rows(["protonet", "otam"]), [0, 1]), config, [0, 1], progress=False)
+    studies.misaligned(tmp_path / "dial", experiments_rows.jobs_of(config, parse_rows(["protonet", "otam"]), [0, 1]), config, [0, 1], progress=False)
     assert [p.stat().st_mtime_ns for p in kept] == times

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 
 from fsar.cli import main as cli
-from fsar.experiments import runs as experiments
-from fsar.experiments import sweeps
+from fsar.experiments import protocol, runs as experiments, sweeps
 from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json, write_json
-from fsar.experiments.sweeps import Job, Task, Workers, grid, read_sweep, run_jobs, run_sweep, state, states
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, write_json
+from fsar.experiments.sweeps import Job, Task, Workers, grid, read_sweep, run_sweep, state, states
 
 SMALL = dict(short_side=32, size=32, frames=4, ways=3, queries=1, episodes=6, precision="fp32", validate_every=0, protocol="last", test_queries=1, test_shots=(1,), test_episodes=20)
 
@@ -89,7 +89,7 @@ def test_impossible_runs_are_named_first(base, jobs, tmp_path, change, words):
 
 def test_a_train_run_with_too_many_ways_stops_before_training(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fsar.engine.training.run_step", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(FsarError, match="21-way episodes need 21"): experiments.model_for(base.replace(test_ways=(3, 21)), experiments.prepare_data(base, progress=False))
+    with pytest.raises(FsarError, match="21-way episodes need 21"): protocol.model_for(base.replace(test_ways=(3, 21)), experiments.prepare_data(base, progress=False))
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(processes=0), "must be at least 1"), (dict(cluster="auto", processes=2), "leave --processes out"), (dict(gpus=-1.0), "cannot ask for")])
@@ -101,9 +101,9 @@ def test_wrong_workers(wrong, words):
 
 def test_tests_with_several_ways(base):
     data = experiments.prepare_data(base, progress=False)
-    asked = experiments.tables_of(base.replace(test_ways=(2, 5), test_shots=(1, 2)), data)
+    asked = protocol.tables_of(base.replace(test_ways=(2, 5), test_shots=(1, 2)), data)
     assert [(t.info["ways"], t.info["shots"][0]) for t in asked.tables] == [(2, 1), (2, 2), (5, 1), (5, 2)] and set(sweeps.questions(asked)) >= {"test-2-way-1-shot", "test-5-way-2-shot"}
-    assert experiments.tables_of(base.replace(test_ways=(3,)), data).tables[0].hash == experiments.tables_of(base, data).tables[0].hash
+    assert protocol.tables_of(base.replace(test_ways=(3,)), data).tables[0].hash == protocol.tables_of(base, data).tables[0].hash
     with pytest.raises(FsarError, match="'test_ways' wants numbers from 1 up"): base.replace(test_ways=(0,))
 
 
@@ -167,10 +167,10 @@ def test_equal_trainings_are_tested_and_not_trained(done, jobs, tmp_path, monkey
 def test_what_differs_is_not_taken_over(done, jobs, base, tmp_path):
     data = experiments.prepare_data(base, progress=False)
     for changed in (base.replace(lr=0.5), base.replace(method="bimhm"), base.replace(seed=7)):
-        task = Task(Job("protonet", changed), data, experiments.tables_of(changed, data), tmp_path / "checkpoints")
+        task = Task(Job("protonet", changed), data, protocol.tables_of(changed, data), tmp_path / "checkpoints")
         assert sweeps.take_over(tmp_path, task, sweeps.known([done[0]])) is task
     record = dict(sweeps.known([done[0]])[0][1], data="other frames")
-    task = Task(jobs[0], data, experiments.tables_of(base, data), tmp_path / "checkpoints")
+    task = Task(jobs[0], data, protocol.tables_of(base, data), tmp_path / "checkpoints")
     assert sweeps.take_over(tmp_path, task, [(tmp_path / "nowhere", record)]) is task
     with pytest.raises(FsarError, match="holds no runs to take over"): sweeps.known([tmp_path])
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from fsar.core.basics import FsarError, torch_seed
 from fsar.data.episodes import EpisodeBatch
 from fsar.methods.finetune import CosineClassifier, begin, classify, fit, gradients, pooled, shares
-from fsar.model.base import create_model, parse_options
+from fsar.model.registry import create_model, parse_options
 
 forms = pytest.mark.parametrize("head, tune", [(h, t) for h in ("cosine", "linear") for t in ("probe", "full")])
 FIT = dict(steps=17, rate=0.02, momentum=0.8, decay=0.01, scale=7.0, stretches=2)

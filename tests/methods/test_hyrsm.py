@@ -9,7 +9,9 @@ from fsar.core.basics import FsarError, torch_seed
 from fsar.data.episodes import EpisodeBatch
 from fsar.model.matching import MATCHERS
 from fsar.methods.hyrsm import FrameRelation, HyRSM, TaskRelation, coherence, shifted_self_similarity, shifted_similarity
-from fsar.model.base import create_model, parse_options, sinusoids, steep_sinusoids, translated
+from fsar.model.registry import create_model, parse_options
+from fsar.model.blocks import sinusoids, steep_sinusoids
+from fsar.model.base import translated
 
 
 def make(variant="paper", classes=12, backbone="resnet_micro", **options) -> HyRSM:

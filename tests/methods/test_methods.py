@@ -7,7 +7,9 @@ import torch
 from fsar.core.basics import FsarError, torch_seed
 from fsar.data.episodes import EpisodeBatch
 from fsar.methods.molo import MotionDecoder, long_short_loss
-from fsar.model.base import METHODS, SAMPLERS, class_mean, create_model, load_methods, parse_options
+from fsar.model.base import METHODS, SAMPLERS
+from fsar.model.blocks import class_mean
+from fsar.model.registry import create_model, load_methods, parse_options
 
 load_methods()
 ALL = sorted(METHODS)

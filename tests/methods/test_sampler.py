@@ -6,7 +6,9 @@ import torch
 from fsar.core.basics import FsarError, torch_seed
 from fsar.methods.sampler import (PerturbedTopK, SampledModel, TaskLearner, amplify, inverse_transform, perturbed_top_frames, picked, profiles, related,
                                   stretched, top_frames)
-from fsar.model.base import METHODS, create_model, interpolation, load_methods, sinusoids
+from fsar.model.base import METHODS
+from fsar.model.registry import create_model, load_methods
+from fsar.model.blocks import interpolation, sinusoids
 from test_methods import batch, logits_of, pixels, rows
 
 load_methods()

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from fsar.core.basics import FsarError, torch_seed
 from fsar.methods.strm import STRM, FrameEnrichment, PatchEnrichment, QueryClass, frame_patches
-from fsar.model.base import create_model, sinusoids, translated
+from fsar.model.registry import create_model
+from fsar.model.blocks import sinusoids
+from fsar.model.base import translated
 from test_methods import batch, pixels, rows
 from test_trx import head_distance
 

@@ -9,7 +9,7 @@ from torch import nn
 from fsar.core.basics import torch_seed
 from fsar.data.episodes import EpisodeBatch
 from fsar.methods.ta2n import OffsetNetwork, Rearrangement, TemporalTransform, box_mask, resampling_matrix
-from fsar.model.base import create_model
+from fsar.model.registry import create_model
 
 SWITCHES = [dict(zip(("transform", "rearrange", "coordinate"), on)) for on in itertools.product((True, False), repeat=3)]
 switches = pytest.mark.parametrize("options", SWITCHES, ids=lambda o: "+".join(k for k, on in o.items() if on) or "none")

@@ -7,7 +7,9 @@ import torch
 
 from fsar.core.basics import FsarError, torch_seed
 from fsar.methods.trx import TRX, TupleAttention, add_slots, parse_cardinalities, project_slots
-from fsar.model.base import create_model, sinusoids, translated
+from fsar.model.registry import create_model
+from fsar.model.blocks import sinusoids
+from fsar.model.base import translated
 from test_methods import batch, pixels, rows
 
 

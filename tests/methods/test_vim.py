@@ -8,7 +8,8 @@ from fsar.core.basics import torch_seed
 from fsar.methods.sampler import SampledModel
 from fsar.methods.ta2n import TA2N
 from fsar.methods.vim import info_nce
-from fsar.model.base import class_to_query, create_model, method_options
+from fsar.model.blocks import class_to_query
+from fsar.model.registry import create_model, method_options
 from test_methods import batch, cosine, make
 
 

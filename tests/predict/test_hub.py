@@ -4,7 +4,6 @@ import http.server
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -16,10 +15,13 @@ import torch
 
 from fsar.predict import hub
 from fsar.engine.checkpoints import WEIGHTS, CheckpointWarning, save_model
-from fsar.core.config import Config
-from fsar.core.basics import FsarError, read_json, sha256_file, torch_seed, write_json
-from fsar.predict.hub import CARD, CONFIG, Preprocessing, Pretrained, load_pretrained, model_card, results_of
-from fsar.model.base import METHODS, SAMPLERS, create_model, load_methods
+from fsar.core.basics import FsarError, torch_seed
+from fsar.core.files import read_json, sha256_file, write_json
+from fsar.predict.hub import CARD, CONFIG, load_pretrained, results_of, push_to_hub, save_pretrained
+from fsar.predict.pretrained import Preprocessing, Pretrained
+from fsar.predict.card import model_card
+from fsar.model.base import METHODS, SAMPLERS
+from fsar.model.registry import create_model, load_methods
 
 load_methods()
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
@@ -52,7 +54,7 @@ def message(call, *args, **kwargs) -> str:
 
 
 @pytest.fixture
-def shared(tmp_path) -> Path: return pretrained().save_pretrained(tmp_path / "mine")
+def shared(tmp_path) -> Path: return save_pretrained(pretrained(), tmp_path / "mine")
 
 
 @pytest.fixture
@@ -73,14 +75,14 @@ def run(tmp_path) -> Path:
 @forms
 def test_every_method_comes_back_with_equal_logits(method, variant, sampler, tmp_path):
     one = pretrained(method, variant, sampler)
-    two = load_pretrained(one.save_pretrained(tmp_path / "shared"))
+    two = load_pretrained(save_pretrained(one, tmp_path / "shared"))
     assert torch.equal(logits(one.model), logits(two.model)) and not two.model.training
     assert (two.model.config, two.preprocessing, two.identity) == (one.model.config, one.preprocessing, one.identity)
 
 
 def test_what_is_known_comes_back(tmp_path):
     known = dict(trained_on=[{"dataset": "mine", "classes": ["hop"]}], test=results_of(read_json(REPORT)), calibration={"any": 1}, license="cc-by-4.0")
-    again = load_pretrained(replace(pretrained(), **(known | {"calibration": None})).save_pretrained(tmp_path / "shared"))
+    again = load_pretrained(save_pretrained(replace(pretrained(), **(known | {"calibration": None})), tmp_path / "shared"))
     assert {k: getattr(again, k) for k in known} == known | {"calibration": None}
 
 
@@ -92,7 +94,7 @@ def test_identity_is_of_weights_configuration_and_preparation():
 
 def test_a_run_a_checkpoint_and_a_shared_model_are_one_and_the_same(run, tmp_path):
     of_run, of_checkpoint = load_pretrained(run), load_pretrained(run / "checkpoints/best")
-    of_shared = load_pretrained(of_run.save_pretrained(tmp_path / "shared"))
+    of_shared = load_pretrained(save_pretrained(of_run, tmp_path / "shared"))
     assert of_run.identity == of_checkpoint.identity == of_shared.identity and of_run.preprocessing == Preprocessing(48, 32, 16)
     assert of_run.test == of_checkpoint.test == of_shared.test == results_of(read_json(run / "metrics.json")) and of_shared.trained_on[0]["classes"] == ["hop", "run"]
 
@@ -215,20 +217,20 @@ def test_what_lies_there_is_replaced_only_when_asked_to(shared):
     before = (shared / WEIGHTS).read_bytes()
     (shared / ".git").mkdir(); (shared / "notes.txt").write_text("mine")
     other = pretrained("otam")
-    assert f"{shared} holds {CONFIG} already" in message(other.save_pretrained, shared) and (shared / WEIGHTS).read_bytes() == before
-    other.save_pretrained(shared, overwrite=True)
+    assert f"{shared} holds {CONFIG} already" in message(save_pretrained, other, shared) and (shared / WEIGHTS).read_bytes() == before
+    save_pretrained(other, shared, overwrite=True)
     assert load_pretrained(shared).identity == other.identity and (shared / "notes.txt").read_text() == "mine" and (shared / ".git").is_dir()
 
 
 def test_an_interrupted_writing_is_noticed(shared, monkeypatch):
     monkeypatch.setattr(hub, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): Pretrained(small(seed=4), Preprocessing(48, 32)).save_pretrained(shared, overwrite=True)
+    with pytest.raises(KeyboardInterrupt): save_pretrained(Pretrained(small(seed=4), Preprocessing(48, 32)), shared, overwrite=True)
     assert "is damaged or was altered" in message(load_pretrained, shared)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in message(pretrained().save_pretrained, tmp_path / "file" / "model")
+    assert str(tmp_path / "file") in message(save_pretrained, pretrained(), tmp_path / "file" / "model")
 
 
 # the card
@@ -236,7 +238,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_the_card_says_what_the_run_measured(run, tmp_path):
     from huggingface_hub import ModelCard
     metrics = read_json(run / "metrics.json")
-    text = (load_pretrained(run).save_pretrained(tmp_path / "words", license="cc-by-4.0") / CARD).read_text(encoding="utf-8")
+    text = (save_pretrained(load_pretrained(run), tmp_path / "words", license="cc-by-4.0") / CARD).read_text(encoding="utf-8")
     card = ModelCard(text)
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("fsar", "cc-by-4.0", "video-classification")
     for r, told in zip(metrics["results"], card.data.eval_results):
@@ -269,7 +271,7 @@ def test_what_is_a_name_on_the_hub(place, name, tmp_path, monkeypatch):
 
 def test_without_the_hubs_client_the_message_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'fsar[hub]'" in message(load_pretrained, "someone/molo") and "pip install 'fsar[hub]'" in message(pretrained().push_to_hub, "someone/molo")
+    assert "pip install 'fsar[hub]'" in message(load_pretrained, "someone/molo") and "pip install 'fsar[hub]'" in message(push_to_hub, pretrained(), "someone/molo")
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
@@ -328,7 +330,7 @@ def fake_hub(tmp_path, monkeypatch):
 
 def test_to_the_hub_and_back(fake_hub):
     one = pretrained("molo")
-    address = one.push_to_hub("someone/molo-small", endpoint=fake_hub.url, token="good", license="mit")
+    address = push_to_hub(one, "someone/molo-small", endpoint=fake_hub.url, token="good", license="mit")
     assert address.endswith("someone/molo-small") and set(fake_hub.repos["someone/molo-small"]) >= {CONFIG, WEIGHTS, CARD}
     fake_hub.repos["someone/molo-small"] |= {"pytorch_model.bin": b"a pickle", "code.py": b"print(1)"}  # what others might put beside
     two = load_pretrained("someone/molo-small", endpoint=fake_hub.url)
@@ -339,7 +341,7 @@ def test_to_the_hub_and_back(fake_hub):
 
 def test_the_hubs_refusals_are_one_line_each(fake_hub):
     assert "cannot get someone/nothing from the Hugging Face hub: there is no such repository, or it is private" in message(load_pretrained, "someone/nothing", endpoint=fake_hub.url)
-    said = message(pretrained().push_to_hub, "someone/molo", endpoint=fake_hub.url, token="bad")
+    said = message(push_to_hub, pretrained(), "someone/molo", endpoint=fake_hub.url, token="bad")
     assert said.startswith("cannot write someone/molo to the Hugging Face hub:") and "log in" in said
     fake_hub.repos["someone/other"] = {"pytorch_model.bin": b"a pickle"}
     assert "config.json" in message(load_pretrained, "someone/other", endpoint=fake_hub.url)
@@ -347,9 +349,9 @@ def test_the_hubs_refusals_are_one_line_each(fake_hub):
 
 @pytest.mark.parametrize("name", ["molo", "a/b/c", "", "-a/b", "a/ b"])
 def test_names_that_the_hub_does_not_take(name):
-    assert "accepted: owner/name" in message(pretrained().push_to_hub, name)
+    assert "accepted: owner/name" in message(push_to_hub, pretrained(), name)
 
 
 def test_a_hub_that_does_not_answer():
     assert message(load_pretrained, "someone/molo-nowhere", endpoint="http://127.0.0.1:9").endswith("the hub does not answer, and it is not in this machine's cache")
-    assert message(pretrained().push_to_hub, "someone/molo", endpoint="http://127.0.0.1:9", token="x") == "cannot write someone/molo to the Hugging Face hub: the hub does not answer"
+    assert message(push_to_hub, pretrained(), "someone/molo", endpoint="http://127.0.0.1:9", token="x") == "cannot write someone/molo to the Hugging Face hub: the hub does not answer"

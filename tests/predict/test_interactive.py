@@ -6,9 +6,9 @@ import pytest
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
 from fsar.data.datasets import prepare_data
-from fsar.experiments.runs import clips_of, table_of
+from fsar.experiments.protocol import clips_of, table_of
 from fsar.predict.panels import Panel, alignment_picture, explore_alignment, explore_sampler, look, sampler_picture
-from fsar.model.base import create_model
+from fsar.model.registry import create_model
 
 pytest.importorskip("ipywidgets", reason='panels need ipywidgets: pip install "fsar[interactive]"')
 

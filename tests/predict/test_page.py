@@ -23,10 +23,10 @@ from fsar.engine import evaluation
 from fsar.predict import page
 from fsar.cli.main import main
 from fsar.core.basics import FsarError, torch_seed
-from fsar.predict.hub import Preprocessing, Pretrained
-from fsar.model.base import create_model
+from fsar.predict.pretrained import Preprocessing, Pretrained
+from fsar.model.registry import create_model
 from fsar.data.motions import render
-from fsar.predict.page import Buttons, Desk, Limits, check_upload
+from fsar.predict.page import Desk, Limits, check_upload
 from fsar.predict.recognizer import FewShotRecognizer, Support
 from fsar.data.video import decode_all, seconds_of, write_video
 

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from fsar.cli import main as cli
+from fsar.cli import main as cli, predict as cli_predict
 from fsar.predict import recognizer as predict
 from fsar.data.augment import TestTransform
 from fsar.predict.calibration import Calibration, Trials, above, calibrated, measured, temperature
 from fsar.core.basics import FsarError, generator, torch_seed
 from fsar.data.episodes import VideoClips
 from fsar.engine.evaluation import embed_videos
-from fsar.predict.hub import ARRAYS, Preprocessing, Pretrained, clip_of, frames_of, load_pretrained
-from fsar.model.base import METHODS, SAMPLERS, create_model, load_methods
+from fsar.predict.pretrained import ARRAYS, Preprocessing, Pretrained, clip_of, frames_of
+from fsar.predict.hub import load_pretrained
+from fsar.model.base import METHODS, SAMPLERS
+from fsar.model.registry import create_model, load_methods
 from fsar.data.motions import render, split_classes
-from fsar.predict.recognizer import FewShotRecognizer, examples_of, matcher_of, prediction_figure, spans
+from fsar.predict.recognizer import FewShotRecognizer, examples_of, matcher_of
+from fsar.predict.answers import prediction_figure, spans
 from fsar.data.video import VideoError, decode, decode_all, segment_indices, write_video
 
 load_methods()
@@ -430,7 +433,7 @@ def examples(tmp_path) -> Path:
 def test_the_command_answers_learns_and_draws(examples, tmp_path):
     told = run(tmp_path / "split.mp4", tmp_path / "roll_left.mp4", "--support", examples, "--save", tmp_path / "learned.safetensors", "--picture", tmp_path / "why.png")
     assert [p["label"] for p in told["predictions"]] == ["split", "roll_left"] and told["classes"] == {"roll_left": 2, "split": 2} and told["calibrated"]
-    words = cli.Predict(support="").words(told)
+    words = cli_predict.Predict(support="").words(told)
     assert words.splitlines()[0].split() == ["video", "answer", "probability", "nearest", "example"] and f"picture: {tmp_path / 'why.png'}" in words and "2 classes by 4 examples" in words
     assert (tmp_path / "why.png").read_bytes()[1:4] == b"PNG"
     again = run(tmp_path / "split.mp4", "--support", tmp_path / "learned.safetensors")
@@ -476,4 +479,4 @@ def test_a_run_without_its_preparation_can_be_told(examples, tmp_path):
     save_model(tmp_path / "best", load_pretrained("molo-motions-mini").model)
     assert "give short_side=PIXELS and size=PIXELS" in message(run, tmp_path / "split.mp4", "--support", examples, "--model", tmp_path / "best")
     told = run(tmp_path / "split.mp4", "--support", examples, "--model", tmp_path / "best", "--short-side", 72, "--size", 64)
-    assert told["predictions"][0]["label"] == "split" and not told["calibrated"] and "not calibrated" in cli.Predict(support="").words(told)
+    assert told["predictions"][0]["label"] == "split" and not told["calibrated"] and "not calibrated" in cli_predict.Predict(support="").words(told)

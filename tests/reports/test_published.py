@@ -7,7 +7,8 @@ import pytest
 
 from fsar.cli import main as cli
 from fsar.reports import published
-from fsar.core.basics import FsarError, read_json
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json
 from fsar.data.motions import PRESETS, render
 from fsar.reports.published import beside, beside_table, protocol_differences, row_for
 from fsar.data.splits import SPLITS, benchmark_manifest, load_split

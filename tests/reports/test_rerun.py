@@ -14,8 +14,9 @@ import pytest
 
 from fsar.cli import main as cli
 from fsar.reports import rerun
-from fsar.core.basics import FsarError, read_json, resource, write_json
-from fsar.reports.rerun import index_text, same_figures, write_index
+from fsar.core.basics import FsarError
+from fsar.core.files import read_json, write_json
+from fsar.reports.rerun import index_text, same_figures
 
 ROOT = Path(__file__).parent.parent
 
