@@ -9,7 +9,8 @@ __all__ = ['INK', 'MUTED', 'ACCENT', 'SECOND', 'film_strip']
 import numpy as np
 
 # %% ../../nbs/10_data/05_pictures.ipynb #7d17ec76
-INK, MUTED, ACCENT, SECOND = "#222222", "#888888", "#0173b2", "#de8f05"  # text, background, what a figure is about, what it is compared with
+INK, MUTED = "#222222", "#888888"  # text; what stays in the background
+ACCENT, SECOND = "#0173b2", "#de8f05"  # what a figure is about; what it is compared with
 
 # %% ../../nbs/10_data/05_pictures.ipynb #32d14e3c
 def film_strip(clip: np.ndarray,  # uint8 (F, H, W, 3)
