@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fsar.engine.checkpoints import (CheckpointWarning, atomic_folder, load_model, newest_sound, optimizer_tensors, read_state, restore_state, save_model, save_state,
-                              tensor_bytes, verified)
+                              tensor_bytes, verified_record)
 from fsar.core.basics import FsarError
 from fsar.core.files import sha256_file, sha256_json
 from fsar.model.registry import create_model, load_methods
