@@ -22,7 +22,6 @@ from ..core.files import read_json, resource, writing
 from ..engine.results import Result, difference
 from ..engine.checkpoints import load_model
 from ..engine.evaluation import embed_videos, evaluate, testing
-from . import runs as experiments
 from ..reports import notebooks
 from ..data.datasets import Data
 from ..data.datasets import prepare_rendered
