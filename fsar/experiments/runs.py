@@ -16,7 +16,7 @@ from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
-from ..data.datasets import Data, noted, prepare_data
+from ..data.datasets import Data, collect_warnings, prepare_data
 from .protocol import Tested, check_names, evaluate_model, guard, leaks_in, model_for, numbers, reversed_numbers, selected_on, training_episodes, validator
 from ..reports.notebooks import check_kind, check_template, clear, execute, produce, to_html
 from ..reports.provenance import command, now, origin_of
@@ -180,7 +180,7 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     with processes(config.device):
         (main, several), device = (world()[0] == 0, world()[1] > 1), choose_device(config.device)
         data = main_first(lambda: prepare_data(config, progress=main))
-        with noted() as notes: leaks = guard(_seen(weights, known), config, data)
+        with collect_warnings() as notes: leaks = guard(_seen(weights, known), config, data)
         tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device, model))
     if not main: return {}
     chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))

@@ -22,7 +22,7 @@ import numpy as np
 from . import comparison, protocol, rows as experiments_rows, runs as experiments
 from ..engine import results as engine_results
 from ..reports import side_by_side
-from .claims import dialled, tested_on
+from .claims import rendered_variant, tested_on
 from .rows import HOW, Row
 from ..engine.results import difference, summarise_seeds
 from ..core.config import Config
@@ -272,7 +272,7 @@ def misaligned(out: Path, jobs: Sequence[Job], config: Config, levels: Sequence[
     check_levels(config, levels)
     found: dict[str, dict[float, dict[int, Any]]] = {job.label: {} for job in jobs}
     for level in levels:
-        data = dialled(config.dataset, short_side=config.short_side, misalignment=float(level))
+        data = rendered_variant(config.dataset, short_side=config.short_side, misalignment=float(level))
         for job in track(jobs, f"misalignment {level:g}", unit="run", disable=None if progress else True):
             place = weights_of(out, job)
             found[job.label].setdefault(float(level), {})[job.config.seed] = _kept(
