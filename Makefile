@@ -44,7 +44,7 @@ readme: $(STAMP)  ## fill in the table of nbs/index.ipynb from the reports and m
 	@$(BIN)/python tests/readme.py
 
 docs: $(DOCS)  ## build the site from notebooks, package and reports: _docs/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "the site: _docs/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file nbs/_site/mkdocs.yml && echo "the site: _docs/index.html"
 
 $(DOCS): $(STAMP)
 	@$(BIN)/python -c 'import latex2mathml, material' 2>/dev/null || PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[docs]"
