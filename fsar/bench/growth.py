@@ -292,7 +292,7 @@ def affordable(plan: Plan, terms: Terms | None, before: tuple[Task, Counts] | No
     "Whether the next value, by the formula at most so much more work than the one before it, may be run."
     if before is None: return True
     if terms is None: return False
-    (last, found), sizes = before, [own_size(terms, t) for t in (before[0], task)]
+    (_, found), sizes = before, [own_size(terms, t) for t in (before[0], task)]
     times = max(sizes[1][name] / sizes[0][name] for name in terms)
     return found.multiply_adds * times <= plan.most and found.elements * times <= plan.most_written
 
