@@ -16,7 +16,7 @@ import numpy as np
 from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, writing
-from ..engine.results import difference, row_numbers
+from ..engine.results import difference, summarise_seeds
 from . import protocol, runs as experiments
 from ..reports import notebooks, provenance
 from .rows import BASE, ELSEWHERE, HOW, Row, changed, jobs_of, parse_rows, reference_of, row_text
@@ -46,14 +46,14 @@ def row_metrics(row: Row, out: Path, jobs: Sequence[Job],  # of this row
     records, tests = [record for record, _ in runs.values()], by_test(runs)
     return {"row": str(row), "method": row.method, "sampler": row.sampler, "options": list(row.options), "changes": changed(row), "seeds": list(runs), "failed": [{"seed": s, "reason": r} for s, r in failed.items()],
             "parameters": records[0]["parameters"] if records else None, "training_seconds": float(np.mean([r["training_seconds"] for r in records])) if records else None,
-            "results": [row_numbers(list(found.values())) for name, found in tests.items() if not name.endswith("-reversed")],
+            "results": [summarise_seeds(list(found.values())) for name, found in tests.items() if not name.endswith("-reversed")],
             "reversed_pairs": next((_pairs(records, list(found.values())) for name, found in tests.items() if name.endswith("-reversed")), None)}
 
 def _pairs(records: Sequence[Mapping[str, Any]], results: Sequence[Any]) -> dict[str, Any]:
     "Time-reversed pairs of a row: all of them, and each pair averaged over seeds."
     each = [r["reversed_pairs"] for r in records]
     pairs = [{"a": same[0]["a"], "b": same[0]["b"], "accuracy": float(np.mean([p["accuracy"] for p in same]))} for same in zip(*(r["pairs"] for r in each))]
-    return row_numbers(results) | {"pairs": pairs, "videos": each[0]["videos"]}
+    return summarise_seeds(results) | {"pairs": pairs, "videos": each[0]["videos"]}
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #069ed3ea
 def differences(found: Mapping[str, Mapping[int, Any]], reference: str) -> list[dict[str, Any]]:
@@ -78,9 +78,9 @@ def command(base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: An
 def start_of(weights: str  # as in Config.weights
              ) -> dict[str, Any] | None:
     "What the rows' starting weights were trained as, where they are a checkpoint of this library; None for any others."
-    from fsar.engine.checkpoints import verified
+    from fsar.engine.checkpoints import verified_record
     if not weights or not Path(weights).is_dir(): return None
-    record = verified(weights)
+    record = verified_record(weights)
     return {"method": record["model"]["method"], "episodes": record.get("training", {}).get("settings", {}).get("episodes"), "weights": record["files"]["model.safetensors"]}
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #abde6255

@@ -17,7 +17,7 @@ from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
-from ..data.datasets import Data, noted, prepare_data
+from ..data.datasets import Data, collect_warnings, prepare_data
 from .protocol import Tested, check_names, evaluate_model, guard, leaks_in, model_for, numbers, reversed_numbers, selected_on, training_episodes, validator
 from ..reports.notebooks import REPORTS, Report, check_kind, check_template, clear, make_report, produce, setting, to_html
 from ..reports.provenance import now, origin_of, to_command
@@ -93,18 +93,18 @@ def _identity(config: Config, template: str) -> dict[str, Any]:
 # %% ../../nbs/70_experiments/01_runs.ipynb #cd9bb0bc
 def _train_together(out: Path, config: Config, template: str, overwrite: bool, progress: bool) -> bool:  # whether this is the process that makes the report
     "Train with all processes of a launcher; the first settles the folder and prepares the data before the others."
-    from fsar.engine.processes import agree, first, processes, world
+    from fsar.engine.processes import agree, main_first, processes, world
     from fsar.engine.devices import choose_device, choose_precision
     from fsar.engine.training import train
     if template != "train": raise FsarError(f"the template {template!r} is executed by one process: start it without the launcher")
     check_names(config)
     with processes(config.device):
         main = world()[0] == 0
-        reused = first(lambda: _settled(out, config, template, overwrite, progress))
+        reused = main_first(lambda: _settled(out, config, template, overwrite, progress))
         agree(reused, out)
         if reused: return main
-        data = first(lambda: prepare_data(config, progress=progress and main))
-        model = first(lambda: model_for(config, data))
+        data = main_first(lambda: prepare_data(config, progress=progress and main))
+        model = main_first(lambda: model_for(config, data))
         validate = validator(config, data, model, None, choose_precision(config.precision, choose_device(config.device), model))
         train(config, model, training_episodes(config, data, model), validate, out / "checkpoints", progress=progress)
     return main
@@ -172,7 +172,7 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
                     ) -> dict[str, Any]:  # nothing in the other processes of a launcher, which share the work
     "Test a saved model; what `changes` does not name is as it was in training. `FsarError` where it would meet classes that it was trained on."
     from fsar.engine.checkpoints import load_model
-    from fsar.engine.processes import first, processes, world
+    from fsar.engine.processes import main_first, processes, world
     from fsar.engine.devices import choose_device, choose_precision
     weights, known = checkpoint_of(place)
     model = load_model(weights)
@@ -180,8 +180,8 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     config = Config.from_dict({**known, **_elsewhere(known, changes), "method": model.config["method"], "frames": model.config["frames"]})
     with processes(config.device):
         (main, several), device = (world()[0] == 0, world()[1] > 1), choose_device(config.device)
-        data = first(lambda: prepare_data(config, progress=main))
-        with noted() as notes: leaks = guard(_seen(weights, known), config, data)
+        data = main_first(lambda: prepare_data(config, progress=main))
+        with collect_warnings() as notes: leaks = guard(_seen(weights, known), config, data)
         tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device, model))
     if not main: return {}
     chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))

@@ -22,9 +22,9 @@ import numpy as np
 from . import comparison, protocol, rows as experiments_rows, runs as experiments
 from ..engine import results as engine_results
 from ..reports import provenance, side_by_side
-from .claims import dialled, tested_on
+from .claims import rendered_variant, tested_on
 from .rows import HOW, Row
-from ..engine.results import difference, row_numbers
+from ..engine.results import difference, summarise_seeds
 from ..core.config import Config
 from ..core.basics import FsarError, Registry, track
 from ..core.files import read_json, sha256_file, write_json
@@ -272,7 +272,7 @@ def misaligned(out: Path, jobs: Sequence[Job], config: Config, levels: Sequence[
     check_levels(config, levels)
     found: dict[str, dict[float, dict[int, Any]]] = {job.label: {} for job in jobs}
     for level in levels:
-        data = dialled(config.dataset, short_side=config.short_side, misalignment=float(level))
+        data = rendered_variant(config.dataset, short_side=config.short_side, misalignment=float(level))
         for job in track(jobs, f"misalignment {level:g}", unit="run", disable=None if progress else True):
             place = weights_of(out, job)
             found[job.label].setdefault(float(level), {})[job.config.seed] = _kept(
@@ -296,7 +296,7 @@ def _kept(file: Path, weights: str, measure: Callable[[], Any], episodes: int) -
 # %% ../../nbs/70_experiments/08_studies.ipynb #abd84f0f
 def points_over_levels(found: Mapping[str, Mapping[float, Mapping[int, Any]]]) -> list[dict[str, Any]]:
     "Accuracy against the setting of the dial."
-    return [point(label, level, next(iter(seeds.values())).task, row_numbers(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
+    return [point(label, level, next(iter(seeds.values())).task, summarise_seeds(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
 
 def along_the_dial(out: Path, jobs: Sequence[Job], base: Config, levels: Sequence[float]) -> dict[str, Any]:
     "For metrics.json: the settings, the points of the curves, and which episodes were asked at each setting."
