@@ -13,7 +13,6 @@ from typing import Any
 
 import fsar
 
-from ..core.config import Config
 from ..core.machine import peak_resident
 
 # %% ../../nbs/60_reports/01_provenance.ipynb #2c0e04ac
