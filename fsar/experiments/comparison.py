@@ -8,7 +8,6 @@ __all__ = ['collect', 'by_test', 'row_metrics', 'differences', 'command', 'start
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #54841f29
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import numpy as np
 from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, writing
-from ..engine.results import difference, row_numbers
+from ..engine.results import difference, summarise_seeds
 from . import protocol, runs as experiments
 from ..reports import notebooks, provenance
-from .rows import BASE, BY_ROW, ELSEWHERE, HOW, Row, changed, flags, jobs_of, parse_rows, reference_of, row_text
+from .rows import BASE, ELSEWHERE, HOW, Row, changed, jobs_of, parse_rows, reference_of, row_text
 from .sweeps import Job, Workers, check_places, finished, load_results, record_file
 from ..reports.side_by_side import failures, headline
 
@@ -47,14 +46,14 @@ def row_metrics(row: Row, out: Path, jobs: Sequence[Job],  # of this row
     records, tests = [record for record, _ in runs.values()], by_test(runs)
     return {"row": str(row), "method": row.method, "sampler": row.sampler, "options": list(row.options), "changes": changed(row), "seeds": list(runs), "failed": [{"seed": s, "reason": r} for s, r in failed.items()],
             "parameters": records[0]["parameters"] if records else None, "training_seconds": float(np.mean([r["training_seconds"] for r in records])) if records else None,
-            "results": [row_numbers(list(found.values())) for name, found in tests.items() if not name.endswith("-reversed")],
+            "results": [summarise_seeds(list(found.values())) for name, found in tests.items() if not name.endswith("-reversed")],
             "reversed_pairs": next((_pairs(records, list(found.values())) for name, found in tests.items() if name.endswith("-reversed")), None)}
 
 def _pairs(records: Sequence[Mapping[str, Any]], results: Sequence[Any]) -> dict[str, Any]:
     "Time-reversed pairs of a row: all of them, and each pair averaged over seeds."
     each = [r["reversed_pairs"] for r in records]
     pairs = [{"a": same[0]["a"], "b": same[0]["b"], "accuracy": float(np.mean([p["accuracy"] for p in same]))} for same in zip(*(r["pairs"] for r in each))]
-    return row_numbers(results) | {"pairs": pairs, "videos": each[0]["videos"]}
+    return summarise_seeds(results) | {"pairs": pairs, "videos": each[0]["videos"]}
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #069ed3ea
 def differences(found: Mapping[str, Mapping[int, Any]], reference: str) -> list[dict[str, Any]]:
@@ -69,17 +68,19 @@ def differences(found: Mapping[str, Mapping[int, Any]], reference: str) -> list[
 # %% ../../nbs/70_experiments/05_comparison.ipynb #d54acab5
 def command(base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference and HOW
             ) -> str:
-    "The shell command that makes the comparison anew: with nothing taken over, and on any machine."
-    given = {"runs": [row_text(row) for row in rows], "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in ELSEWHERE}}
-    return provenance.command(base.replace(**{f.name: f.default for f in fields(Config) if f.name in BY_ROW}), "fsar", "compare", *flags(given, {"reference": "", **HOW}))
+    "Return the shell command that makes the comparison again, on any machine and without reused results."
+    portable = {name: value for name, value in extra.items() if name not in ELSEWHERE}
+    shared = {name: value for name, value in base.to_dict().items() if name in BASE}
+    given = {"runs": [row_text(row) for row in rows], "seeds": list(seeds), **portable, **shared}
+    return provenance.to_command("fsar compare", given, {"reference": "", **HOW, **Config().to_dict()})
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #757da8f0
 def start_of(weights: str  # as in Config.weights
              ) -> dict[str, Any] | None:
     "What the rows' starting weights were trained as, where they are a checkpoint of this library; None for any others."
-    from fsar.engine.checkpoints import verified
+    from fsar.engine.checkpoints import verified_record
     if not weights or not Path(weights).is_dir(): return None
-    record = verified(weights)
+    record = verified_record(weights)
     return {"method": record["model"]["method"], "episodes": record.get("training", {}).get("settings", {}).get("episodes"), "weights": record["files"]["model.safetensors"]}
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #abde6255
