@@ -140,23 +140,17 @@ class Task:
 
 def run_task(task: Task, out: Path) -> None:
     "Train, or go on, or take the finished weights; test them; write down everything."
-    from fsar.engine.checkpoints import load_model
-    from fsar.engine.devices import choose_device, choose_precision
-    from fsar.engine.training import train
-    job, data, config, device = task.job, task.data, task.job.config, choose_device(task.job.config.device)
-    model = protocol.model_for(config, data)
-    precision = choose_precision(config.precision, device, model)
-    training = train(config, model, protocol.training_episodes(config, data, model), protocol.validator(config, data, model, device, precision), task.training, progress=False)
-    started = time.monotonic()
-    tested = protocol.evaluate_model(load_model(training.best_folder), config, data, device=device, precision=precision, asked=task.asked, progress=False)
-    results = dict(zip(questions(task.asked), [*tested.results, *([tested.reversed] if tested.pairs else [])]))
+    job, data = task.job, task.data
+    done = protocol.train_and_test(job.config, data, task.training, asked=task.asked, progress=False)
+    training, tested = done.training, done.tested
+    results = dict(zip(questions(task.asked), tested.all_results))
     for name, result in results.items(): write_json(out / "results" / f"{job.name}-{name}.json", result.to_dict())
     write_json(record_file(out, job), _record(job, "finished") | {
         "episodes": {name: result.table_hash for name, result in results.items()}, "reversed_pairs": protocol.reversed_numbers(tested),
-        "parameters": sum(p.numel() for p in model.parameters()), "training_seconds": round(training.seconds, 1), "test_seconds": round(time.monotonic() - started, 1),
+        "parameters": sum(p.numel() for p in done.model.parameters()), "training_seconds": round(training.seconds, 1), "test_seconds": round(done.test_seconds, 1),
         "steps": training.steps, "selection": training.selection, "precision": training.precision, "data": data.store.hash,
         "checkpoint": os.path.relpath(training.best_folder, out.absolute()), "weights": sha256_file(training.best_folder / "model.safetensors"),
-        "device": provenance.machine(device), "peak_memory": provenance.peak_memory()})
+        "device": provenance.machine(done.device), "peak_memory": provenance.peak_memory()})
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #1a22af8d
 def attempt(task: Task, out: Path) -> None:

@@ -17,6 +17,7 @@ from fsar.reports import figures as reports
 from fsar.core.config import Config
 from fsar.core.basics import FsarError, generator
 from fsar.core.files import read_json, resource
+from fsar.data.datasets import Data
 from fsar.data.episodes import EpisodeSampler, episode_table
 from fsar.data.motions import PRESETS, RECORDING, render_dataset, split_classes
 from fsar.data.splits import BENCHMARKS, load_split
@@ -99,7 +100,7 @@ def test_ratios_are_those_of_the_queries_and_their_error_counts_episodes():
 @pytest.mark.parametrize("dataset, asked, apart", [("motions-mini", False, True), ("somewhere/clips", False, True), ("somewhere/clips", True, True), ("ucf101", False, False), ("ucf101", True, True),
                                                    ("hmdb51", False, False), ("kinetics100", False, True), ("ssv2_full", False, True)])
 def test_recordings_are_kept_apart_where_nothing_speaks_against_it(dataset, asked, apart):
-    assert protocol.apart(Config(groups=asked), experiments.Data("", SimpleNamespace(settings={"benchmark": dataset} if dataset in BENCHMARKS else {}))) == apart
+    assert protocol.keeps_recordings_apart(Config(groups=asked), Data("", SimpleNamespace(settings={"benchmark": dataset} if dataset in BENCHMARKS else {}))) == apart
 
 
 def test_groups_are_refused_where_there_are_none():
@@ -108,7 +109,7 @@ def test_groups_are_refused_where_there_are_none():
 
 def test_tables_follow_the_flag(tiny_store):
     listed = dataclasses.replace(tiny_store, settings=tiny_store.settings | {"benchmark": "ucf101"})
-    table = lambda store, **kw: protocol.table_of(Config(test_queries=2, **kw), experiments.Data("tiny", store), "test", 1, 20)
+    table = lambda store, **kw: protocol.table_of(Config(test_queries=2, **kw), Data("tiny", store), "test", 1, 20)
     assert table(listed).info["apart"] is False and "apart" not in table(listed, groups=True).info and table(listed, groups=True).hash == table(tiny_store).hash
 
 
