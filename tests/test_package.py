@@ -1,6 +1,7 @@
 """The wheel, used outside the checkout: code, types, split lists, templates, the console script; and the repository's own order."""
 import ast
 import configparser
+import importlib
 import json
 import os
 import re
@@ -76,16 +77,88 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.strip() == "False"
 
 
-def test_a_notebook_imports_only_lower_numbers():
-    order = {}
-    for notebook in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        source = ["".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-        name = next(re.search(r"#\| default_exp (\S+)", s)[1] for s in source if "default_exp" in s)
-        exported = "\n".join(s for s in source if s.startswith("#| export"))
-        order[name] = (notebook.name, {m for m in re.findall(r"^\s*from fsar\.([\w.]+) import", exported, re.M)})
-    place = {name: i for i, name in enumerate(order)}
-    wrong = [f"{file} imports fsar.{other}" for name, (file, imports) in order.items() for other in imports if place.get(other, -1) >= place[name]]
-    assert len(order) > 15 and not wrong
+WINGS = ("core", "data", "backbones", "model", "methods", "engine", "reports", "experiments", "predict", "bench", "cli")  # in the order of dependency
+
+
+def imported(file: Path) -> set[str]:
+    "Return the modules of fsar that a file imports anywhere in it, as paths below the package: model.base, data."
+    found, package = set(), file.relative_to(ROOT / "fsar").parent.parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): found |= {a.name.removeprefix("fsar.") for a in node.names if a.name.startswith("fsar.")}
+        if not isinstance(node, ast.ImportFrom): continue
+        if not node.level and (node.module or "").split(".")[0] != "fsar": continue
+        start = package[:len(package) - node.level + 1] if node.level else ()
+        base = ".".join([*start, *(node.module or "").removeprefix("fsar").strip(".").split(".")]).strip(".")
+        found |= {base} if "." in base else {f"{base}.{a.name}".strip(".") for a in node.names}
+    return found
+
+
+def modules() -> dict[str, set[str]]:
+    "Return each module of the wings with the modules it imports."
+    files = [p for wing in WINGS for p in sorted((ROOT / "fsar" / wing).glob("*.py")) if p.name != "__init__.py"]
+    return {".".join(p.relative_to(ROOT / "fsar").with_suffix("").parts): imported(p) for p in files}
+
+
+def test_the_package_is_its_wings():
+    assert {p.name for p in (ROOT / "fsar").iterdir() if p.is_dir() and p.name != "__pycache__"} == set(WINGS)
+    assert {p.stem for p in (ROOT / "fsar").glob("*.py")} == {"__init__", "__main__", "_modidx"}
+    folders = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*"))
+    assert [name.split("_", 1)[1] for name in folders] == list(WINGS)
+    assert {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(WINGS)
+
+
+def test_a_wing_imports_only_wings_before_it():
+    place = {wing: i for i, wing in enumerate(WINGS)}
+    found = modules()
+    wrong = [f"{name} imports {other}" for name, others in found.items() for other in others if place.get(other.split(".")[0], -1) > place[name.split(".")[0]]]
+    assert len(found) > 60 and not wrong
+
+
+def test_no_module_imports_itself_by_a_detour():
+    found, done = modules(), set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name in done: return
+        for other in found.get(name, ()): visit(other, (*path, name))
+        done.add(name)
+
+    for name in found: visit(name, ())
+
+
+def test_inside_a_wing_a_notebook_imports_lower_numbers():
+    for wing in WINGS:
+        order = {}
+        for notebook in sorted((ROOT / "nbs").glob(f"[0-9]*_{wing}/[0-9]*.ipynb")):
+            text = notebook.read_text(encoding="utf-8")
+            order[re.search(r"#\| default_exp (\S+?)[\\\"]", text)[1]] = len(order)
+        for name, place in order.items():
+            wrong = [other for other in modules()[name] if order.get(other, -1) >= place]
+            assert not wrong, f"{name} imports {wrong}"
+
+
+def test_every_module_opens_with_a_sentence():
+    for name in modules():
+        text = ast.get_docstring(ast.parse((ROOT / "fsar" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")))
+        assert text and text.endswith((".", "?", ")")) and "TODO" not in text, f"{name}: {text}"
+
+
+def test_names_in_strings_can_be_imported():
+    "`module:function` and `fsar.module.name` in strings, which no import checks."
+    for file in [*(ROOT / "fsar").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        if file.name == "_modidx.py": continue
+        for module, name in re.findall(r"""["'](fsar(?:\.\w+)+):(\w+)["']""", file.read_text(encoding="utf-8")):
+            assert hasattr(importlib.import_module(module), name), f"{file.name}: {module}:{name}"
+
+
+def test_nbdev_and_setup_read_the_same_settings():
+    parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    nbdev = re.search(r"\[tool\.nbdev\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    own = dict(re.findall(r"^(\w+) = (.+?)(?:\s+#.*)?$", nbdev, re.M))
+    plain = {key: re.sub(r'[\[\]"]', "", value).replace("true", "True").replace("false", "False") for key, value in own.items()}
+    shared = set(plain) & set(parser["DEFAULT"])
+    assert len(shared) >= 10 and not {key: (plain[key], parser["DEFAULT"][key]) for key in shared if plain[key] != parser["DEFAULT"][key]}
 
 
 def test_a_name_with_an_underscore_stays_in_its_module():

@@ -80,8 +80,8 @@ class Report(Command):
 
     def words(self, result: dict[str, Any]) -> str:
         if "index" in result: return f"{result['index']}: {result['reports']} report{'s' * (result['reports'] > 1)}"
-        if "report" in result: return f"{result['headline']}\nreport: {result['report']}"
-        return "\n".join([*result["comparisons"], f"report: {Path(self.out) / 'report.html'}"])
+        if "comparisons" in result: return "\n".join([*result["comparisons"], f"report: {self.out}/report.html"])
+        return f"{result['headline']}\nreport: {result['report']}"
 
 # %% ../../nbs/99_cli/02_runs.ipynb #42fd08e9
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""Files, the machine, configuration, registries and errors."""

@@ -1,0 +1,1 @@
+"""Split lists, video files, the motions benchmark, prepared stores and episodes."""

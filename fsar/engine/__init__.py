@@ -1,0 +1,1 @@
+"""Training, evaluation, checkpoints and what they need: devices, processes, optimisers."""

@@ -26,7 +26,7 @@ from ..data.episodes import EpisodeBatch, episode_loader
 from .checkpoints import atomic_folder, read_state, restore_state, save_model, save_state, tensor_bytes
 from .journal import Journal
 from .optimisers import learning_rate
-from .processes import agree, everyones, first, processes, world
+from .processes import agree, everyones, main_first, processes, world
 from .results import Result
 from .run import Run, prepare_run, seen
 from ..model.base import FewShotModel
@@ -265,7 +265,7 @@ def train(config: Config, model: FewShotModel,  # with its first weights; traine
     out, settings = Path(out).absolute(), training_settings(config, episodes)
     keep_freed_memory(scarce=config.recompute)
     with processes(config.device):
-        place, state = first(lambda: _find(out, settings))
+        place, state = main_first(lambda: _find(out, settings))
         agree(state and state.step, out)
         if state and state.finished: return _result(out, config, state, reused=True)
         run = prepare_run(config, model)

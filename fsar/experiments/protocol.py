@@ -30,7 +30,7 @@ from ..data.splits import BENCHMARKS, benchmark_name, leaks, same_classes
 from ..engine.checkpoints import load_model, trained_on
 from ..engine.devices import choose_device, choose_precision
 from ..engine.evaluation import Evaluator, embed_videos, evaluate, gather, testing
-from ..engine.processes import first
+from ..engine.processes import main_first
 from ..engine.results import Result
 from ..engine.training import TrainingResult, train
 from ..model.base import Embedding, FewShotModel
@@ -62,7 +62,7 @@ def training_episodes(config: Config, data: Data, model: FewShotModel, *,
     transform = TrainTransform(config.size, flip=config.flip, scale=(config.crop_scale, 1.0), jitter=config.jitter)
     return EpisodeClips(data.store, sampler, frames=model.clip_frames, transform=transform)
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #a2c94229
+# %% ../../nbs/70_experiments/00_protocol.ipynb #b05de4f2
 EVALUATION_SEEDS = {"test": 0, "val": 1, "train": 2}
 
 def episode_sampler(config: Config, data: Data, split: str, shots: int,
@@ -84,7 +84,7 @@ def clips_of(config: Config, data: Data, rows: np.ndarray, model: FewShotModel) 
     "Return the videos of a test, cropped in the centre."
     return VideoClips(data.store, rows, frames=model.clip_frames, transform=TestTransform(config.size))
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #1fe6015c
+# %% ../../nbs/70_experiments/00_protocol.ipynb #ab78f9fc
 def tests_of(config: Config) -> list[tuple[Config, int]]:  # the configuration with that number of ways, and the shots
     "Return every test of a configuration: each number of ways with each number of shots."
     by_ways = [config.replace(ways=ways) for ways in config.test_ways or (config.ways,)]
@@ -203,7 +203,7 @@ class Tested:
         "All results; that on time-reversed pairs is the last."
         return [*self.results] if self.reversed is None else [*self.results, self.reversed]
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #e9822243
+# %% ../../nbs/70_experiments/00_protocol.ipynb #8fb11dbf
 def evaluate_model(model: FewShotModel, config: Config, data: Data, *, device: torch.device | str,
                    precision: Literal["fp32", "bf16"], asked: Tables | None = None,  # default: drawn here
                    progress: bool = True) -> Tested:
@@ -218,12 +218,12 @@ def evaluate_model(model: FewShotModel, config: Config, data: Data, *, device: t
     on_pairs = results[shots] if asked.reversed is not None else None
     return Tested(asked.tables, tuple(results[:shots]), on_pairs, asked.pairs, clips, embedding)
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #9f8eb39f
+# %% ../../nbs/70_experiments/00_protocol.ipynb #196530d5
 def train_model(config: Config, data: Data, folder: str | Path, *,  # of the checkpoints
                 blind: bool = False,  # training episodes ignore recordings
                 progress: bool = True) -> TrainingResult:
     "Train the model of a configuration into `folder`, or resume its training; return what the training left."
-    model = first(lambda: model_for(config, data))
+    model = main_first(lambda: model_for(config, data))
     precision = choose_precision(config.precision, choose_device(config.device), model)
     episodes = training_episodes(config, data, model, blind=blind)
     return train(config, model, episodes, validator(config, data, model, precision), folder, progress=progress)
@@ -263,7 +263,7 @@ def save_results(tested: Tested, folder: str | Path) -> None:
         write_json(folder / f"{name}.json", result.to_dict())
         table.save(folder / f"{name}.episodes.safetensors")
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #42d497c5
+# %% ../../nbs/70_experiments/00_protocol.ipynb #ec173ddb
 def pair_accuracies(result: Result, pairs: Sequence[tuple[str, str]]
                     ) -> list[dict[str, Any]]:  # each with a, b and accuracy
     "Return the accuracy of each pair of classes that occurred in the test."

@@ -5,28 +5,30 @@
 # %% auto #0
 __all__ = ['REMEDY', 'OF_THE_DATA', 'videos_by_split', 'data_numbers', 'provenance', 'training_numbers', 'run_metrics',
            'list_some', 'is_finished', 'check_remake', 'run', 'render', 'checkpoint_of', 'evaluate_checkpoint',
-           'load_run', 'load_runs', 'compare_runs']
+           'load_run', 'load_runs', 'SideBySide', 'compare_runs']
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #fc5afbbb
 import dataclasses, os, sys, warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
-from ..data.datasets import Data, noted, prepare_data
+from ..data.datasets import Data, collect_warnings, prepare_data
 from ..engine.checkpoints import load_model, trained_on
 from ..engine.devices import choose_device, choose_precision
-from ..engine.processes import agree, first, processes, world
+from ..engine.processes import agree, main_first, processes, world
 from ..engine.results import Result
 from .protocol import (RunResult, Tested, check_leaks, check_names, evaluate_model, leaks_in,
                                        result_numbers, reversed_numbers, selected_on, train_model)
 from ..reports.figures import headline
-from ..reports.notebooks import check_kind, check_template, clear, execute, produce, to_html
-from ..reports.provenance import command, now, origin_of
+from ..reports.notebooks import (REPORTS, Report, check_kind, check_template, clear, make_report, produce, setting,
+                                    to_html)
+from ..reports.provenance import now, origin_of, to_command
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #04483c82
 def videos_by_split(data: Data) -> dict[str, int]:
@@ -57,7 +59,8 @@ def provenance(config: Config, data: Data, tested: Tested, weights: Path,
     hashes = {"configuration": config.hash, "videos and split": data.manifest_hash, "prepared frames": data.store.hash,
               "weights": sha256_file(weights)}
     hashes |= {f"episodes {result.task}": result.table_hash for result in tested.results}
-    origin = origin_of(command(config), seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)
+    command = to_command("fsar train", config)
+    origin = origin_of(command, seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)
     return {"config": config.to_dict(), **origin}
 
 def training_numbers(config: Config, result: RunResult) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def run_metrics(config: Config, data: Data, result: RunResult, *, seconds: float
     metrics |= provenance(config, data, tested, weights, result.device, seconds)
     return {"headline": headline(metrics)} | metrics
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #78a094b4
+# %% ../../nbs/70_experiments/01_runs.ipynb #dd04e50c
 def list_some(names: Sequence[str], most: int = 4) -> str:
     "Return the first names as `a, b, c, d, …`."
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
@@ -151,10 +154,10 @@ def _train_together(out: Path, config: Config, template: str, overwrite: bool, p
     check_names(config)
     with processes(config.device):
         main = world()[0] == 0
-        reused = first(lambda: _open_together(out, config, template, overwrite, progress))
+        reused = main_first(lambda: _open_together(out, config, template, overwrite, progress))
         agree(reused, out)
         if not reused:
-            data = first(lambda: prepare_data(config, progress=progress and main))
+            data = main_first(lambda: prepare_data(config, progress=progress and main))
             train_model(config, data, out / "checkpoints", progress=progress)
     return main
 
@@ -199,7 +202,7 @@ def render(folder: str | Path) -> dict[str, Any]:  # headline and where the page
     page = to_html(folder / f"{state['template']}.ipynb", folder / "report.html")
     return {"report": str(page), "headline": read_json(folder / "metrics.json")["headline"]}
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #4676e654
+# %% ../../nbs/70_experiments/01_runs.ipynb #74819426
 def checkpoint_of(place: str | Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder of weights that `place` means, and the configuration of its run (empty if there is none).
 
@@ -233,7 +236,7 @@ def _classes_seen(weights: Path, known: Mapping[str, Any]) -> list[dict[str, Any
                   "whether those of this test are new to it is not known")
     return []
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #e7c007b1
+# %% ../../nbs/70_experiments/01_runs.ipynb #e40313ad
 OF_THE_DATA = ("videos", "train_size", "splits", "train_classes", "val_classes", "test_classes", "source", "store")
 
 def _changes_of_data(known: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def _config_of_test(weights: Path, known: Mapping[str, Any], changes: Mapping[st
     own = {"method": model["method"], "frames": model["frames"]}
     return Config.from_dict({**known, **_changes_of_data(known, changes), **own})
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #264b2fbc
+# %% ../../nbs/70_experiments/01_runs.ipynb #8e52e198
 def _selection(weights: Path, known: Mapping[str, Any]) -> str | None:
     "Return the split on which saved weights were selected; None for the last ones, empty if unknown."
     if not known: return ""
@@ -268,8 +271,8 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     with processes(config.device):
         rank, count = world()
         main, device = rank == 0, choose_device(config.device)
-        data = first(lambda: prepare_data(config, progress=main))
-        with noted() as notes: leaks = check_leaks(_classes_seen(weights, known), config, data)
+        data = main_first(lambda: prepare_data(config, progress=main))
+        with collect_warnings() as notes: leaks = check_leaks(_classes_seen(weights, known), config, data)
         precision = choose_precision(config.precision, device, model)
         where = device.type if count > 1 else device  # each process has a GPU of its own
         tested = evaluate_model(model, config, data, device=where, precision=precision)
@@ -309,23 +312,19 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:  # fo
     return runs
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #1586671e
+@REPORTS.register("side_by_side")
+@dataclass(frozen=True, kw_only=True)
+class SideBySide(Report):
+    "Finished runs on the same test episodes, compared pair by pair."
+    key: ClassVar[str] = "runs"
+    out: str = setting("", "folder for the report")
+    runs: tuple[str, ...] = setting((), "folders of finished runs; differences are to the first")
+
+    def check(self) -> None:
+        if len(self.runs) < 2: raise FsarError("a comparison needs at least two finished runs")
+        load_runs(self.runs)
+
 def compare_runs(folders: Sequence[str | Path],  # finished runs; differences are to the first
                  out: str | Path, *, progress: bool = True) -> dict[str, Any]:
     "Write a report that compares finished runs to `out`; return what its metrics.json holds."
-    out = Path(out)
-    if len(folders) < 2: raise FsarError("a comparison needs at least two finished runs")
-    _check_comparison(out)
-    source = resource("templates") / "side_by_side.ipynb"
-    parameters = {"runs": [str(folder) for folder in folders], "out": str(out)}
-    check_template(source, parameters)
-    load_runs(folders)
-    with writing(out): out.mkdir(parents=True, exist_ok=True)
-    execute(source, out / source.name, parameters, progress)
-    to_html(out / source.name, out / "report.html")
-    return read_json(out / "metrics.json")
-
-def _check_comparison(out: Path) -> None:
-    "Raise FsarError if `out` holds anything but a comparison of runs."
-    metrics = read_json(out / "metrics.json") if (out / "metrics.json").exists() else {"runs": []}
-    if (out / "run.json").exists() or "runs" not in metrics:
-        raise FsarError(f"{out} holds a run: choose another folder for the comparison")
+    return make_report("side_by_side", out, runs=tuple(map(str, folders)), progress=progress)

@@ -11,7 +11,7 @@ __all__ = ['RECIPE', 'STUDIES', 'BY_PARTS', 'ALONG_AXES', 'SAME', 'LINES', 'Stud
            'study_command', 'measured', 'compute', 'study']
 
 # %% ../../nbs/70_experiments/08_studies.ipynb #211005e5
-import itertools, shlex
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,10 @@ import numpy as np
 
 from . import comparison, protocol, rows as experiments_rows, runs as experiments
 from ..engine import results as engine_results
-from ..reports import side_by_side
-from .claims import dialled, tested_on
+from ..reports import provenance, side_by_side
+from .claims import rendered_variant, tested_on
 from .rows import HOW, Row
-from ..engine.results import difference, row_numbers
+from ..engine.results import difference, summarise_seeds
 from ..core.config import Config
 from ..core.basics import FsarError, Registry, track
 from ..core.files import read_json, sha256_file, write_json
@@ -272,7 +272,7 @@ def misaligned(out: Path, jobs: Sequence[Job], config: Config, levels: Sequence[
     check_levels(config, levels)
     found: dict[str, dict[float, dict[int, Any]]] = {job.label: {} for job in jobs}
     for level in levels:
-        data = dialled(config.dataset, short_side=config.short_side, misalignment=float(level))
+        data = rendered_variant(config.dataset, short_side=config.short_side, misalignment=float(level))
         for job in track(jobs, f"misalignment {level:g}", unit="run", disable=None if progress else True):
             place = weights_of(out, job)
             found[job.label].setdefault(float(level), {})[job.config.seed] = _kept(
@@ -296,7 +296,7 @@ def _kept(file: Path, weights: str, measure: Callable[[], Any], episodes: int) -
 # %% ../../nbs/70_experiments/08_studies.ipynb #abd84f0f
 def points_over_levels(found: Mapping[str, Mapping[float, Mapping[int, Any]]]) -> list[dict[str, Any]]:
     "Accuracy against the setting of the dial."
-    return [point(label, level, next(iter(seeds.values())).task, row_numbers(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
+    return [point(label, level, next(iter(seeds.values())).task, summarise_seeds(list(seeds.values()))) for label, levels in found.items() for level, seeds in levels.items()]
 
 def along_the_dial(out: Path, jobs: Sequence[Job], base: Config, levels: Sequence[float]) -> dict[str, Any]:
     "For metrics.json: the settings, the points of the curves, and which episodes were asked at each setting."
@@ -367,14 +367,18 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
 def study_command(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference, HOW and the study's own parameters
                   ) -> str:
     "The shell command that makes a study: what is not as the study has it, as flags."
-    study, usual = STUDIES[name], base_of(name).to_dict()
-    given = {**({"runs": [experiments_rows.row_text(row) for row in rows]} if list(rows) != experiments_rows.parse_rows(study.rows) else {}), "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in experiments_rows.ELSEWHERE}, **{k: v for k, v in base.to_dict().items() if k in experiments_rows.BASE}}
-    return shlex.join(["fsar", "study", name, *experiments_rows.flags(given, {"reference": study.reference, **HOW, **study.own, **usual})])
+    study = STUDIES[name]
+    portable = {key: value for key, value in extra.items() if key not in experiments_rows.ELSEWHERE}
+    shared = {key: value for key, value in base.to_dict().items() if key in experiments_rows.BASE}
+    given = {"seeds": list(seeds), **portable, **shared}
+    if list(rows) != experiments_rows.parse_rows(study.rows): given = {"runs": [experiments_rows.row_text(row) for row in rows], **given}
+    defaults = {"reference": study.reference, **HOW, **study.own, **base_of(name).to_dict()}
+    return provenance.to_command(f"fsar study {name}", given, defaults, switches=False)
 
 def measured(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", **extra: Any) -> dict[str, Any]:
     "What metrics.json holds: all of a comparison, and for a study of parts what each part adds."
     study = STUDIES[name]
-    metrics = comparison.measured(base, rows, seeds, data, reference=reference, command=study_command(name, base, rows, seeds, reference=reference or study.reference, **extra))
+    metrics = comparison.comparison_metrics(base, rows, seeds, data, reference=reference, command=study_command(name, base, rows, seeds, reference=reference or study.reference, **extra))
     metrics |= {"study": name, "headline": f"{study.title}: {metrics['headline']}"}
     if name in BY_PARTS: metrics |= {"gains": gains(comparison.collect(Path(base.out), experiments_rows.jobs_of(base, rows, seeds)), study.table), "agreement": agreement(metrics, study.table)}
     return metrics

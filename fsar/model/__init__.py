@@ -1,0 +1,1 @@
+"""Matchers, building blocks, the frame of every method and their registry."""

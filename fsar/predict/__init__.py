@@ -1,0 +1,1 @@
+"""Recognise your own videos with a trained model."""

@@ -1,0 +1,1 @@
+"""Figures, provenance, published numbers, and the notebooks that become reports."""

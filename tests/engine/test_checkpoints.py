@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fsar.engine.checkpoints import (CheckpointWarning, atomic_folder, load_model, newest_sound, optimizer_tensors, read_state, restore_state, save_model, save_state,
-                              tensor_bytes, verified)
+                              tensor_bytes, verified_record)
 from fsar.core.basics import FsarError
 from fsar.core.files import sha256_file, sha256_json
 from fsar.model.registry import create_model, load_methods
@@ -239,7 +239,7 @@ def test_killed_at_every_file_operation(tmp_path, second):
             warnings.simplefilter("ignore", CheckpointWarning)
             seen.append(newest_sound(folder)[1]["which"])
         write(folder, "new")
-        assert verified(folder)["which"] == "new"
+        assert verified_record(folder)["which"] == "new"
         if child.exitcode == 0: break
         assert child.exitcode == -signal.SIGKILL
     assert len(seen) > 8 and seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)  # old … old new … new
@@ -251,7 +251,7 @@ def test_an_interruption_while_writing_changes_nothing(tmp_path, problem):
     with pytest.raises(problem), atomic_folder(tmp_path / "x") as folder:
         (folder / "half").write_text("…")
         raise problem("stop")
-    assert os.listdir(tmp_path) == ["x"] and verified(tmp_path / "x")["which"] == "old"
+    assert os.listdir(tmp_path) == ["x"] and verified_record(tmp_path / "x")["which"] == "old"
 
 
 # ---- training states
@@ -303,7 +303,7 @@ def test_a_damaged_state_is_set_aside_and_its_predecessor_survives(tmp_path):
     assert record["training"]["step"] == 1 and place.name == "last.previous"
     assert sorted(os.listdir(tmp_path)) == ["last.damaged", "last.previous"]
     save_state(tmp_path / "last", model, optimizer, {"step": 3})
-    assert verified(tmp_path / "last.previous")["training"]["step"] == 1
+    assert verified_record(tmp_path / "last.previous")["training"]["step"] == 1
 
 
 def test_no_state_yet(tmp_path): assert read_state(tmp_path / "last") is None

@@ -21,7 +21,7 @@ from fsar.core.machine import launched, unlaunched
 from fsar.core.files import read_json
 from fsar.data.episodes import EpisodeSampler, episode_table
 from fsar.engine.evaluation import Evaluator, embed_videos, predict_episodes
-from fsar.engine.processes import agree, first, leave, processes, world
+from fsar.engine.processes import agree, main_first, leave, processes, world
 from fsar.model.registry import create_model
 from fsar.engine.run import prepare_run
 from test_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, run, settings, tiny
@@ -121,7 +121,7 @@ def troubles(out):
     def only_in_the_first():
         if world()[0] == 0: raise FsarError("the disk of the first is full")
     with processes("cpu"):
-        attempt("first", lambda: first(only_in_the_first))
+        attempt("first", lambda: main_first(only_in_the_first))
         attempt("agree", lambda: agree(world()[0], Path("runs/a")))
         attempt("uneven step", lambda: run(out / "a", settings(tasks_per_step=3, episodes=24)))
         attempt("uneven episodes", lambda: run(out / "b", settings(tasks_per_step=2, episodes=25)))
@@ -375,7 +375,7 @@ def test_a_plain_mean_of_all_batches_is_refused():
 
 
 def test_alone_nothing_happens(tmp_path):
-    assert world() == (0, 1) and launched() == 1 and first(lambda: 3) == 3
+    assert world() == (0, 1) and launched() == 1 and main_first(lambda: 3) == 3
     agree(3, tmp_path)
     with processes(): assert world() == (0, 1)
     with pytest.raises(ZeroDivisionError):

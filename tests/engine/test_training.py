@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fsar.backbones.base import Backbone
-from fsar.engine.checkpoints import CheckpointWarning, load_model, verified
+from fsar.engine.checkpoints import CheckpointWarning, load_model, verified_record
 from fsar.core.config import Config
 from fsar.core.basics import FsarError, generator, torch_seed
 from fsar.core.files import sha256_file
@@ -168,7 +168,7 @@ def test_it_learns_and_leaves_what_it_promises(reference):
     assert {"lr", "loss", "loss_episode", "loss_class", "accuracy", "gradient_norm", "val_accuracy", "val_ci95", "seconds"} <= set(result.history)
     assert result.history["val_accuracy"].notna().to_numpy().nonzero()[0].tolist() == [3, 7, 11]
     assert result.best_accuracy == result.history["val_accuracy"].max()
-    assert verified(out / "best")["metadata"]["accuracy"] == result.best_accuracy
+    assert verified_record(out / "best")["metadata"]["accuracy"] == result.best_accuracy
     longer = run(out.parent / "longer", settings(episodes=160, validate_every=0))
     assert longer.history["loss"].tail(10).mean() < 0.8 * longer.history["loss"].head(10).mean()
 
@@ -213,7 +213,7 @@ def test_neither_workers_nor_validation_nor_saving_change_the_weights(reference,
 
 def test_protocols(tmp_path):
     paper = run(tmp_path / "paper", settings(protocol="paper"))
-    assert "TEST" in paper.selection and "TEST" in verified(paper.best_folder)["metadata"]["selection"]
+    assert "TEST" in paper.selection and "TEST" in verified_record(paper.best_folder)["metadata"]["selection"]
     last = run(tmp_path / "last", settings(protocol="last"))
     assert last.best_folder == tmp_path / "last/last" and not (tmp_path / "last/best").exists() and "no selection" in last.selection
     with pytest.raises(FsarError, match="test_shots"): run(tmp_path / "paper", settings(protocol="paper", test_shots=(5,)))  # there it decides the weights

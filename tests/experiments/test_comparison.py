@@ -111,8 +111,8 @@ def test_the_larger_interval_decides(value, episodes, seeds, differs):
 
 
 def test_rows_of_other_episodes_have_no_mean():
-    with pytest.raises(FsarError, match="different episodes"): results.row_numbers([result([1, 0]), result([1, 0], "u")])
-    assert results.row_numbers([result([1, 0])])["std"] is None
+    with pytest.raises(FsarError, match="different episodes"): results.summarise_seeds([result([1, 0]), result([1, 0], "u")])
+    assert results.summarise_seeds([result([1, 0])])["std"] is None
 
 
 # one comparison

@@ -10,7 +10,7 @@ from fsar.cli import main as cli
 from fsar.experiments import comparison, rows as experiments_rows, studies
 from fsar.reports import notebooks
 from fsar.experiments.rows import parse_rows
-from fsar.engine.results import Result, row_numbers
+from fsar.engine.results import Result, summarise_seeds
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, resource
 from fsar.model.registry import create_model
@@ -87,7 +87,7 @@ def test_agreement_is_a_rank_correlation():
 
 
 def test_curves_say_what_is_inside_the_noise():
-    def at(x, *seeds): return studies.point("otam", x, "1-shot", row_numbers([result(s) for s in seeds]))
+    def at(x, *seeds): return studies.point("otam", x, "1-shot", summarise_seeds([result(s) for s in seeds]))
     flat = [at(5, [0.5, 0.6, 0.4], [0.6, 0.6, 0.4]), at(6, [0.5, 0.5, 0.4], [0.6, 0.6, 0.4])]
     steep = [at(5, [0.9, 0.9, 0.91], [0.9, 0.9, 0.91]), at(10, [0.2, 0.2, 0.21], [0.2, 0.2, 0.21])]
     assert "inside the noise" in studies.curve_sentences(flat, "ways")[0] and "−70.0, outside the noise" in studies.curve_sentences(steep, "ways")[0]

@@ -1,13 +1,13 @@
-"""Where things of the repository stand on the site. A page keeps the path of its source: nbs/40_methods/molo.ipynb is nbs/24_molo.html."""
+"""Map the repository to the site. A page keeps the path of its source: nbs/40_methods/molo.ipynb becomes nbs/40_methods/molo.html."""
 import posixpath
 import re
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TEXTS = {"README.md": "index.md", "nbs/index.ipynb": "index.md", "CONTRIBUTING.md": "contributing.md", "data_splits/README.md": "data_splits.md", "reports/README.md": "reports/index.md"}
-CARRIED = ("report.html", "metrics.json", "results.csv")  # what is taken over from a report's folder as it is, beside its figures
+ROOT = Path(__file__).parents[2]
+TEXTS = {"README.md": "index.md", "nbs/index.ipynb": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "data_splits/README.md": "data_splits.md", "reports/README.md": "reports/index.md"}
+CARRIED = ("report.html", "metrics.json", "results.csv")  # files that the site copies from a report's folder, next to its figures
 
 
 @cache
@@ -26,7 +26,7 @@ def at_home(path: str) -> str:
 
 def notebooks() -> list[str]:
     "The library's notebooks, then the tutorials; by path in the repository."
-    found = [*sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), *sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))]
+    found = [*sorted((ROOT / "nbs").glob("[0-9]*/*.ipynb")), *sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))]
     return [p.relative_to(ROOT).as_posix() for p in found]
 
 

@@ -35,13 +35,6 @@ class Module:
     def page(self) -> str: return f"api/{self.name.removeprefix('fsar.')}.md"
 
 
-def decorated_with(node: ast.stmt, name: str) -> str | None:
-    "The argument of a decorator `name(argument)`, as source; None without one."
-    for d in getattr(node, "decorator_list", ()):
-        if isinstance(d, ast.Call) and ast.unparse(d.func) == name: return ast.unparse(d.args[0])
-    return None
-
-
 def names_of(node: ast.stmt) -> list[str]:
     "What a statement defines."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return [node.name]
@@ -54,7 +47,7 @@ def is_public(node: ast.stmt) -> bool:
 
 
 def read(path: Path) -> Module:
-    "A module's public names, in the order of its notebook; functions that `extend` adds to a class are its members."
+    "Return a module's public names, in the order of its notebook."
     source = path.read_text(encoding="utf-8")
     tree, name = ast.parse(source), ".".join(path.relative_to(ROOT).with_suffix("").parts)
     marks = [(i, *found) for i, line in enumerate(source.split("\n"), 1) for found in re.findall(r"^# %% \S*?(nbs/\S+) #(\w+)", line)]
@@ -62,10 +55,8 @@ def read(path: Path) -> Module:
     public = next((ast.literal_eval(n.value) for n in tree.body if "__all__" in names_of(n)), [])
     for node in tree.body:
         cell = ([m[2] for m in marks if m[0] <= node.lineno] or [""])[-1]
-        owner = next((e for e in module.entries if e.name == decorated_with(node, "extend")), None)
-        if owner and is_public(node): owner.members.append(Entry(node.name, node, cell))
         for name in names_of(node):
-            if name not in public or decorated_with(node, "extend"): continue
+            if name not in public: continue
             inside = [Entry(m.name, m, cell) for m in node.body if is_public(m)] if isinstance(node, ast.ClassDef) else []
             module.entries.append(Entry(name, node, cell, inside))
     return module

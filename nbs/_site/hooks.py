@@ -14,7 +14,8 @@ from places import ROOT, TEXTS, at_home, between, report_files, report_notebooks
 from places import notebooks as sources
 
 GUIDES = ["own_data", "choose", "write_a_method", "reproduce", "cluster", "numbers", "interactive"]
-FLOORS = {"Methods": range(20, 30), "Building blocks": range(20), "Training and testing": range(30, 40), "Experiments": range(40, 50), "Command line": range(50, 60)}
+WINGS = {"00_core": "Core", "10_data": "Data", "20_backbones": "Backbones", "30_model": "Model", "50_engine": "Engine", "60_reports": "Reports",
+         "70_experiments": "Experiments", "80_predict": "Predict", "90_bench": "Benchmark", "99_cli": "Command line"}  # the methods have a tab of their own
 
 WIDE = "---\nhide: [toc]\n---\n"  # a page that needs the width
 
@@ -30,14 +31,20 @@ def on_config(config: Any) -> Any:
 
 
 def navigation() -> list[dict[str, Any]]:
-    "Notebooks by their numbers, so that a new one finds its place."
-    tutorials = {Path(s).stem: s.replace(".ipynb", ".md") for s in sources() if "tutorials/" in s}
-    numbered = {s.replace(".ipynb", ".md"): int(Path(s).stem[:2]) for s in sources() if "tutorials/" not in s}
-    floors = [{name: [page for page, number in numbered.items() if number in floor]} for name, floor in FLOORS.items()]
-    floors[1]["Building blocks"].append(TEXTS["data_splits/README.md"])
-    return [{"Start": ["index.md", *[tutorials[n] for n in ("start",) if n in tutorials]]}, {"Guides": [*[tutorials[n] for n in GUIDES if n in tutorials], TEXTS["CONTRIBUTING.md"]]}, *floors,
-            {"API": ["api/index.md", *({m.name: m.page} for m in api.modules())]},
-            {"Reports": [TEXTS["reports/README.md"], *({Path(folder).name: f"{folder}/index.md"} for folder in report_notebooks())]}]
+    "Return the order of the pages. A new notebook finds its place by its wing and its number."
+    pages = {source: source.replace(".ipynb", ".md") for source in sources()}
+    tutorials = {Path(s).stem: page for s, page in pages.items() if "/tutorials/" in s}
+    wing = {folder: [page for s, page in pages.items() if f"nbs/{folder}/" in s] for folder in [*WINGS, "40_methods"]}
+    wing["10_data"].append(TEXTS["data_splits/README.md"])
+    reports = [{Path(folder).name: f"{folder}/index.md"} for folder in report_notebooks()]
+    return [
+        {"Start": ["index.md", tutorials["start"]]},
+        {"Guides": [*[tutorials[n] for n in GUIDES if n in tutorials], TEXTS["CONTRIBUTING.md"], TEXTS["CHANGELOG.md"]]},
+        {"Methods": wing["40_methods"]},
+        {"Library": [{name: wing[folder]} for folder, name in WINGS.items()]},
+        {"API": ["api/index.md", *({m.name: m.page} for m in api.modules())]},
+        {"Reports": [TEXTS["reports/README.md"], *reports]},
+    ]
 
 
 def pages() -> list[notebooks.Page]:
