@@ -114,9 +114,9 @@ class Claims(Command):
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments.claims import claims_report
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return claims_report(self.methods, self.out, levels=self.levels, episodes=self.episodes)
+        return claims_report(self.methods, self.out, levels=self.levels, episodes=self.episodes)
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # claims_report has said it
+    def words(self, result: dict[str, Any]) -> str: return f"{result['headline']}\nreport: {Path(self.out) / 'report.html'}"
 
 # %% ../../nbs/99_cli/03_experiments.ipynb #ee5309a8
 @dataclass(kw_only=True)
@@ -135,10 +135,10 @@ class Groups(Command):
     out: Annotated[str, tyro.conf.arg(help="folder for the report")] = "reports/groups"
 
     def run(self) -> dict[str, Any]:
-        from fsar.experiments.recordings import groups_report
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return groups_report(**{k: v for k, v in vars(self).items() if k != "json"})
+        from fsar.experiments.recordings import recordings_report
+        return recordings_report(**{name: value for name, value in vars(self).items() if name != "json"})
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # groups_report has said it
+    def words(self, result: dict[str, Any]) -> str: return f"{result['headline']}\nreport: {Path(self.out) / 'report.html'}"
 
 # %% ../../nbs/99_cli/03_experiments.ipynb #c58e1a93
 @dataclass(kw_only=True)

@@ -233,7 +233,7 @@ def _classes_seen(weights: Path, known: Mapping[str, Any]) -> list[dict[str, Any
         own = {"dataset": data["name"], "classes": data["classes"]["train"]}
         return [*trained_on(known.get("weights", "")), own]
     warnings.warn(f"{weights} does not say which classes it was trained on: "
-                  "whether those of this test are new to it is not known")
+                  "whether those of this test are new to it is not known", stacklevel=3)
     return []
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #e40313ad

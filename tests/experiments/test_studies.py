@@ -146,7 +146,7 @@ def test_the_dial_is_turned_for_every_run_and_kept(tmp_path, monkeypatch):
     metrics, kept = read_json(tmp_path / "dial" / "metrics.json"), sorted((tmp_path / "dial" / "results").glob("*-misalignment-*.json"))
     assert len(kept) == 8 and {(p["line"], p["x"]) for p in metrics["points"]} == {(m, x) for m in ("protonet", "otam") for x in (0.0, 1.0)} and len(set(metrics["misalignment_episodes"].values())) == 1   # the same episodes of videos whose action moves
     times = [p.stat().st_mtime_ns for p in kept]
-    monkeypatch.setattr(studies, "tested_on", lambda *_, **__: pytest.fail("tested again"))
+    monkeypatch.setattr(studies, "evaluate_on", lambda *_, **__: pytest.fail("tested again"))
     config = base_of("misalignment", **{k: v for k, v in metrics["config"].items()})
     studies.misaligned(tmp_path / "dial", experiments_rows.jobs_of(config, parse_rows(["protonet", "otam"]), [0, 1]), config, [0, 1], progress=False)
     assert [p.stat().st_mtime_ns for p in kept] == times
