@@ -33,7 +33,8 @@ from ..engine.evaluation import Evaluator, embed_videos, evaluate, gather, testi
 from ..engine.processes import main_first
 from ..engine.results import Result
 from ..engine.training import TrainingResult, train
-from ..model.base import Embedding, FewShotModel
+from ..model.base import FewShotModel
+from ..model.embedding import Embedding
 from ..model.registry import create_model, parse_options
 
 # %% ../../nbs/70_experiments/00_protocol.ipynb #d0b3f58e
