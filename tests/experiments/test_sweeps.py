@@ -1,12 +1,9 @@
-"Many runs: grids, records, what is taken over, what is killed and goes on, the table of results, and the same sweep on a Ray cluster of two nodes."
+"Many runs: grids, records, what is taken over, what is killed and goes on and the table of results. (On a cluster: test_cluster.py.)"
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -252,42 +249,3 @@ def test_killed_and_started_again_it_repeats_nothing(done, jobs, base, tmp_path)
     assert before
     assert subprocess.run(call, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before and outcomes(out) == outcomes(done[0])
-
-
-# a cluster
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_cluster_of_two_nodes_gives_the_same(base, tmp_path, monkeypatch):
-    "Twelve runs on two nodes, one worker killed in the middle, one run made to fail: the others finish, and equal those of this process."
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fsar[cluster]'")
-    from ray.cluster_utils import Cluster
-    from fsar.experiments import cluster
-    jobs = grid(base, {"method": ["protonet", "otam", "bimhm"], "seed": [0, 1, 2, 3]}, [{"label": "hot", "method": "bimhm", "options": ["scale=1e39"]}])
-    assert len(jobs) == 13
-    killed: list[str] = []
-    def strike() -> None:
-        "SIGKILL to the worker of the first run that has begun to train."
-        while not killed:
-            for job in jobs:
-                with_record = sweeps.record_file(tmp_path / "ray", job)
-                if with_record.exists() and (r := read_json(with_record))["status"] == "running" and sweeps.episodes_done(tmp_path / "ray", job):
-                    os.kill(r["process"], signal.SIGKILL)
-                    killed.append(job.name)
-                    return
-            time.sleep(0.005)
-    with tempfile.TemporaryDirectory(prefix="fsar-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        for name, value in {**cluster.SETTINGS, "RAY_TMPDIR": folder}.items(): monkeypatch.setenv(name, value)
-        (Path(folder) / "ray").mkdir()
-        nodes = Cluster()
-        for options in (dict(include_dashboard=False, include_log_monitor=False, no_monitor=True), {}): nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20, **options)
-        try:
-            threading.Thread(target=strike, daemon=True).start()
-            found = run_sweep(jobs, tmp_path / "ray", workers=Workers(cluster=nodes.address), progress=False)
-        finally:
-            killed.append("")
-            ray.shutdown()
-            nodes.shutdown()
-    assert killed[0] and found["states"] == {"finished": 12, "failed": 1} and "not finite" in read_json(tmp_path / "ray" / "results" / "hot-0.json")["reason"]
-    run_sweep(jobs, tmp_path / "here", progress=False)
-    assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "here") and len(outcomes(tmp_path / "ray")) == 36
