@@ -33,6 +33,7 @@ from ..engine.evaluation import embed_videos, evaluate, testing
 from ..engine.results import Result, difference
 from .protocol import clips_of, result_numbers, table_of
 from ..model.base import FewShotModel
+from ..model.embedding import Embedding
 from ..reports.notebooks import REPORTS, Report, make_report, setting
 
 # %% ../../nbs/70_experiments/06_claims.ipynb #22ea808f
@@ -102,11 +103,12 @@ def enlargement(model: FewShotModel,  # with a sampler
     change, sampler = frame_change(torch.cat([support, query])), cast(nn.Module, model.sampler)
     with testing(model):
         shown, asked = model.embed(support), model.embed(query)
-        amplified, _ = sampler((shown + asked) | {"pixels": change}, shown["summary"], labels)
+        videos = Embedding.cat([shown, asked]) | {"pixels": change}
+        amplified, _ = sampler(videos, shown["summary"], labels)
         _, there = model.adapt(shown, labels, asked)
     chosen = there["chosen"].argmax(-1)                                       # (Q, T)
-    videos = torch.arange(len(query))[:, None]
-    before = frame_change(query)[videos, chosen].mean((1, 2, 3, 4))           # (Q,)
+    index = torch.arange(len(query))[:, None]
+    before = frame_change(query)[index, chosen].mean((1, 2, 3, 4))            # (Q,)
     after = amplified[len(support):].mean((1, 2, 3, 4))                       # (Q,)
     return after / before.clamp(min=1e-9)
 
