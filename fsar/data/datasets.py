@@ -180,8 +180,8 @@ def check_store(store: Any,  # fsar.data.store.Store
                 *, sample: int = 32,  # originals to decode again, spread over the store
                 progress: bool = True) -> Checked:
     "Compare all stored frames with their hashes and a sample with its originals."
-    from fsar.data.store import blocks
-    damaged, surplus = blocks(store, progress)
+    from fsar.data.store import damaged_blocks
+    damaged, surplus = damaged_blocks(store, progress)
     again = [_again(store, row) for row in track(_spread(len(store), sample), "decoding a sample again", disable=None if progress else True)]
     of = lambda verdict: tuple(video for video, found in again if found == verdict)
     return Checked(len(store), tuple(damaged), surplus, len(again) - len(of("gone")) - len(of("changed")), of("different"), len(of("rewritten")), len(of("gone")), of("changed"))
