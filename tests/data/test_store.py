@@ -321,7 +321,7 @@ def test_copied_data_set_is_the_same_and_a_changed_one_is_not(tmp_path):
     with pytest.warns(QuarantineWarning):
         assert prepare(manifest_of(root), store.path, **SETTINGS).hash == store.hash
     write_video(root / "c" / "c_1.mp4", picture(9, 5))
-    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: bring it update it with --update"):
+    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: update it with --update"):
         prepare(manifest_of(root), store.path, **SETTINGS)
 
 
