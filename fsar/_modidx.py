@@ -2142,7 +2142,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fsar.model.registry._variant': ('30_model/registry.html#_variant', 'fsar/model/registry.py'),
                                      'fsar.model.registry.create_model': ('30_model/registry.html#create_model', 'fsar/model/registry.py'),
                                      'fsar.model.registry.keywords_of': ('30_model/registry.html#keywords_of', 'fsar/model/registry.py'),
-                                     'fsar.model.registry.load_methods': ('30_model/registry.html#load_methods', 'fsar/model/registry.py'),
                                      'fsar.model.registry.method_options': ( '30_model/registry.html#method_options',
                                                                              'fsar/model/registry.py'),
                                      'fsar.model.registry.parse_options': ( '30_model/registry.html#parse_options',
