@@ -23,7 +23,7 @@ from ..core.basics import FsarError
 from ..core.files import cache_dir
 from ..core.plugins import OpenRegistry
 
-BACKBONES: OpenRegistry[Callable[[], "Backbone"]] = OpenRegistry("backbone", group="fsar.backbones", own="fsar.backbones")
+BACKBONES: OpenRegistry[Callable[[], "Backbone"]] = OpenRegistry("backbone", own="fsar.backbones")
 
 # %% ../../nbs/20_backbones/00_base.ipynb #aa0f134c
 class Backbone(nn.Module):

@@ -38,12 +38,11 @@ T = TypeVar("T")
 class OpenRegistry(Registry[T]):
     "A registry that is filled by our own modules and by the entry points of other packages, when a name is needed."
 
-    def __init__(self, kind: str,  # what the entries are, for messages: "method", "matcher", …
-                 group: str,  # of entry points
+    def __init__(self, kind: str,  # what the entries are: "method", "matcher", …; the group of entry points is their plural
                  own: str  # our module or package whose import registers the built-in entries
                  ) -> None:
         super().__init__(kind)
-        self.group, self.own = group, own
+        self.group, self.own = f"fsar.{kind}s", own
         self._own_imported = False
         self._tried: set[tuple[str, str]] = set()  # (name, value) of entry points that were loaded, with or without success
         self._lock = threading.RLock()

@@ -24,8 +24,8 @@ from .cost import Cost
 from .embedding import Embedding
 from .matching import Matcher, frame_similarity
 
-METHODS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("method", group="fsar.methods", own="fsar.methods")
-SAMPLERS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("sampler", group="fsar.samplers", own="fsar.methods")
+METHODS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("method", own="fsar.methods")
+SAMPLERS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("sampler", own="fsar.methods")
 PIXELS = {"video": (0.45, 0.225), "unit": (0.0, 1.0)}
 
 # %% ../../nbs/30_model/04_base.ipynb #e77c1cdc

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core.plugins import OpenRegistry
 
 Matcher = Callable[[Tensor], Tensor]
-MATCHERS: OpenRegistry[Matcher] = OpenRegistry("matcher", group="fsar.matchers", own="fsar.model.matching")
+MATCHERS: OpenRegistry[Matcher] = OpenRegistry("matcher", own="fsar.model.matching")
 
 # %% ../../nbs/30_model/00_matching.ipynb #e7b916d0
 def frame_similarity(query: Tensor,  # (..., Q, Tq, C)
