@@ -20,7 +20,7 @@ from .checkpoints import RECORD, save_model
 from ..core.basics import FsarError
 from ..core.files import sha256_file
 from ..model.base import METHODS, FewShotModel, translated
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 
 # %% ../../nbs/50_engine/10_importers.ipynb #830e55e3
 WRAPPERS = ("model_state", "model_state_dict", "state_dict")
@@ -103,7 +103,7 @@ def _listed(title: str, entries: Sequence[str], most: int = 12) -> list[str]:
 # %% ../../nbs/50_engine/10_importers.ipynb #13d58876
 def _released(method: str) -> type[FewShotModel]:
     "The class of a method whose authors' layout is known."
-    known = [name for name, kind in load_methods().items() if kind.released_layout]
+    known = [name for name, kind in METHODS.items() if kind.released_layout]
     if not METHODS[method].released_layout: raise FsarError(f"there is no layout of released checkpoints for the method {method!r}. Methods with one: {', '.join(sorted(known))}")
     return METHODS[method]
 

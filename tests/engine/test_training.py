@@ -23,7 +23,7 @@ from fsar.core.basics import FsarError, generator, torch_seed
 from fsar.core.files import sha256_file
 from fsar.data.episodes import EpisodeBatch
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 from fsar.engine.training import _check_settings, is_due, run_step, train
 from fsar.engine.optimisers import SCHEDULES, learning_rate, make_optimizer
 from fsar.engine.journal import MetricsLog
@@ -32,7 +32,7 @@ from fsar.engine.run import prepare_run
 
 from test_checkpoints import small_disk
 
-METHOD_NAMES = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
+METHOD_NAMES = sorted(name for name, method in METHODS.items() if method.__module__.startswith("fsar."))
 CLASSES = 6
 
 
