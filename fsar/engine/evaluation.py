@@ -20,7 +20,7 @@ from ..backbones.base import channels_last
 from ..core.basics import FsarError, track
 from ..core.machine import keep_freed_memory
 from ..data.episodes import EpisodeTable, VideoClips, begin_worker
-from .processes import shared, world
+from .processes import is_main, share_batches
 from .results import Result, summarise
 from ..model.base import Embedding, FewShotModel, widened
 
@@ -38,7 +38,7 @@ def testing(model: FewShotModel) -> Iterator[None]:
 # %% ../../nbs/50_engine/06_evaluation.ipynb #5137741f
 def _hidden(progress: bool) -> bool | None:
     "For `track`: a bar is drawn when asked for, by the first process only."
-    return None if progress and world()[0] == 0 else True
+    return None if progress and is_main() else True
 
 # %% ../../nbs/50_engine/06_evaluation.ipynb #dba5482b
 def embed_videos(model: FewShotModel, clips: VideoClips, *, batch_size: int = 16,  # videos passed at a time
@@ -57,7 +57,7 @@ def embed_videos(model: FewShotModel, clips: VideoClips, *, batch_size: int = 16
                 parts.append(widened(model.embed(batch.to(device, non_blocking=True))))
                 _check_finite(parts[-1], clips.rows[positions.start:])
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return shared(len(batches), embed, device)
+    return share_batches(len(batches), embed, device)
 
 # %% ../../nbs/50_engine/06_evaluation.ipynb #0e1372a9
 def _check_finite(embedding: Embedding, rows: np.ndarray) -> None:
@@ -113,7 +113,7 @@ def predict_episodes(model: FewShotModel, embedding: Embedding, table: EpisodeTa
                 if not logits.isfinite().all(): raise FsarError(f"logits are not finite in an episode from {start} to {min(start + step, len(table)) - 1}")
                 predicted.append(logits.argmax(-1))
         return {"ways": torch.cat(predicted)}
-    return shared(len(starts), answers, next(iter(embedding.values())).device)["ways"].cpu().numpy()
+    return share_batches(len(starts), answers, next(iter(embedding.values())).device)["ways"].cpu().numpy()
 
 def _score(model: FewShotModel, support: Embedding, labels: Tensor, query: Embedding, ways: int, precision: str) -> Tensor:  # (E, Q, N)
     device = next(iter(support.values())).device

@@ -441,5 +441,5 @@ def test_a_file_where_the_output_should_be(tmp_path):
 # ---- several processes (more: test_processes.py)
 
 def test_processes_must_share_evenly():
-    from fsar.engine.run import _check_processes
-    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_processes(settings(tasks_per_step=4), 3)
+    from fsar.engine.run import _check_even_shares
+    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_even_shares(settings(tasks_per_step=4), 3)
