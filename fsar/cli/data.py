@@ -30,15 +30,15 @@ class Prepare(Command):
     update: switch("bring a finished store in step: decode what is new, forget what is gone, try changed files again") = False
 
     def run(self) -> dict[str, Any]:
-        from fsar.data.datasets import dataset_kind, prepared
+        from fsar.data.datasets import dataset_kind, prepare_and_summarise
         kind = dataset_kind(Config(dataset=self.data.dataset))
         if kind == "store": raise FsarError(f"{self.data.dataset} is a prepared store: look at it with fsar data check, fsar data show")
         side = self.short_side or (72 if kind == "motions" else 256)
-        return prepared(self.config(store=self.out, short_side=side, size=min(side, Config().size)), workers=self.processes or None, timeout=self.timeout, update=self.update)
+        return prepare_and_summarise(self.config(store=self.out, short_side=side, size=min(side, Config().size)), workers=self.processes or None, timeout=self.timeout, update=self.update)
 
     def words(self, result: dict[str, Any]) -> str:
-        from fsar.data.datasets import told
-        return told(result)
+        from fsar.data.datasets import prepared_text
+        return prepared_text(result)
 
 # %% ../../nbs/99_cli/01_data.ipynb #9ef06c42
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ place and background is drawn by lot for each video. Half of the classes are the
 # %% auto #0
 __all__ = ['States', 'CLASSES', 'TOUCH', 'BACKGROUNDS', 'PRESETS', 'RECORDING', 'Motion', 'pairs', 'split_classes',
            'MotionsConfig', 'find_class', 'schedule', 'Stage', 'draw_stage', 'put', 'value_noise', 'shake_path',
-           'background', 'distractor', 'film', 'render', 'videos', 'render_dataset', 'contact_sheet']
+           'background', 'distractor', 'film', 'render', 'clip', 'videos', 'render_dataset', 'contact_sheet']
 
 # %% ../../nbs/10_data/06_motions.ipynb #3d160733
 import functools, math, multiprocessing, os, sys, zlib
@@ -26,9 +26,11 @@ from ..core.files import atomic_path, read_json, sha256_arrays, sha256_json, wri
 from ..core.machine import start_worker
 from .drawing import Body, Draws, cos_sin, draw_look, paint
 from .pictures import film_strip
-from .video import write_video
+from .video import segment_indices, write_video
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 # %% ../../nbs/10_data/06_motions.ipynb #c35225fe
 States = Callable[[np.ndarray, float, int], list[Body]]  # (u, radius, side) → bodies
@@ -353,6 +355,17 @@ def render(class_name: str, index: int,  # number of the video in its class, 0, 
     motion, first = find_class(class_name), index - index % config.takes
     keys = [(config.seed, zlib.crc32(class_name.encode()), k) for k in range(first, first + config.takes)]
     return film(motion, keys[index - first], config, keys)
+
+# %% ../../nbs/10_data/06_motions.ipynb #c11b0001
+def clip(name: str, index: int,  # class, and number of the video in its class
+         frames: int = 8,  # T
+         config: MotionsConfig = PRESETS["motions-mini"],
+         ) -> "Tensor":  # uint8 (T, 3, H, W)
+    "Return frames of a rendered video as a model reads them: one from the middle of each of `frames` equal parts."
+    import torch  # not at the top: the processes that render files start faster without it
+    video = render(name, index, config)
+    chosen = video[segment_indices(len(video), frames)]
+    return torch.from_numpy(chosen).permute(0, 3, 1, 2)
 
 # %% ../../nbs/10_data/06_motions.ipynb #a0d6bc27
 def _state(config: MotionsConfig, root: Path) -> str:

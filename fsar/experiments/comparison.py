@@ -8,7 +8,6 @@ __all__ = ['collect', 'by_test', 'row_metrics', 'differences', 'command', 'start
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #54841f29
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..core.files import read_json, resource, writing
 from ..engine.results import difference, summarise_seeds
 from . import protocol, runs as experiments
 from ..reports import notebooks, provenance
-from .rows import BASE, BY_ROW, ELSEWHERE, HOW, Row, changed, flags, jobs_of, parse_rows, reference_of, row_text
+from .rows import BASE, ELSEWHERE, HOW, Row, changed, jobs_of, parse_rows, reference_of, row_text
 from .sweeps import Job, Workers, check_places, finished, load_results, record_file
 from ..reports.side_by_side import failures, headline
 
@@ -69,9 +68,11 @@ def differences(found: Mapping[str, Mapping[int, Any]], reference: str) -> list[
 # %% ../../nbs/70_experiments/05_comparison.ipynb #d54acab5
 def command(base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference and HOW
             ) -> str:
-    "The shell command that makes the comparison anew: with nothing taken over, and on any machine."
-    given = {"runs": [row_text(row) for row in rows], "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in ELSEWHERE}}
-    return provenance.command(base.replace(**{f.name: f.default for f in fields(Config) if f.name in BY_ROW}), "fsar", "compare", *flags(given, {"reference": "", **HOW}))
+    "Return the shell command that makes the comparison again, on any machine and without reused results."
+    portable = {name: value for name, value in extra.items() if name not in ELSEWHERE}
+    shared = {name: value for name, value in base.to_dict().items() if name in BASE}
+    given = {"runs": [row_text(row) for row in rows], "seeds": list(seeds), **portable, **shared}
+    return provenance.to_command("fsar compare", given, {"reference": "", **HOW, **Config().to_dict()})
 
 # %% ../../nbs/70_experiments/05_comparison.ipynb #757da8f0
 def start_of(weights: str  # as in Config.weights

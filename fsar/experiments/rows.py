@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN', 'BY_ROW', 'BASE', 'HOW', 'ELSEWHERE', 'Row', 'parse_row', 'changed', 'check_rows', 'parse_rows', 'jobs_of',
-           'reference_of', 'row_text', 'flags']
+           'reference_of', 'row_text']
 
 # %% ../../nbs/70_experiments/04_rows.ipynb #7b83109f
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -109,9 +109,3 @@ def row_text(row: Row) -> str:
 # %% ../../nbs/70_experiments/04_rows.ipynb #d14ae891
 HOW = {"processes": 1, "threads": 1, "cluster": "", "cpus": 1.0, "gpus": 0.0, "reuse": []}  # where the runs are computed, and whose results are taken over; see fsar.sweeps
 ELSEWHERE = ("cluster", "cpus", "gpus", "reuse")  # what of HOW belongs to one place
-
-def flags(values: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
-    "The values that are not the usual ones, as words of a command."
-    def several(value: Any) -> list[Any]: return list(value) if isinstance(value, (list, tuple)) else [value]
-    def words(value: Any) -> list[str]: return [f"{v:g}" if isinstance(v, float) else str(v) for v in several(value)]
-    return [word for name, value in values.items() if several(value) != several(usual.get(name)) for word in ("--" + name.replace("_", "-"), *words(value))]

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['data_numbers', 'provenance', 'measured', 'claim', 'run', 'render', 'checkpoint_of', 'evaluate_checkpoint',
-           'load_runs', 'compare_runs']
+           'load_runs', 'SideBySide', 'compare_runs']
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #fc5afbbb
 import dataclasses, os, sys, warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.basics import FsarError
 from ..core.config import Config, differing
 from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
-from ..data.datasets import Data, noted, prepare_data
+from ..data.datasets import Data, collect_warnings, prepare_data
 from .protocol import Tested, check_names, evaluate_model, guard, leaks_in, model_for, numbers, reversed_numbers, selected_on, training_episodes, validator
-from ..reports.notebooks import check_kind, check_template, clear, execute, produce, to_html
-from ..reports.provenance import command, now, origin_of
+from ..reports.notebooks import REPORTS, Report, check_kind, check_template, clear, make_report, produce, setting, to_html
+from ..reports.provenance import now, origin_of, to_command
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #04483c82
 def data_numbers(data: Data, leaks: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def provenance(config: Config, data: Data, tested: Tested, weights: Path, device
     "What it takes to make a run again."
     hashes = {"configuration": config.hash, "videos and split": data.manifest_hash, "prepared frames": data.store.hash, "weights": sha256_file(weights)}
     hashes |= {f"episodes {r.task}": r.table_hash for r in tested.results}
-    return {"config": config.to_dict(), **origin_of(command(config), seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)}
+    return {"config": config.to_dict(), **origin_of(to_command("fsar train", config), seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)}
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #5c432088
 def measured(config: Config, data: Data, model: Any, training: Any,  # fsar.engine.training.TrainingResult
@@ -180,7 +181,7 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
     with processes(config.device):
         (main, several), device = (world()[0] == 0, world()[1] > 1), choose_device(config.device)
         data = main_first(lambda: prepare_data(config, progress=main))
-        with noted() as notes: leaks = guard(_seen(weights, known), config, data)
+        with collect_warnings() as notes: leaks = guard(_seen(weights, known), config, data)
         tested = evaluate_model(model, config, data, device=device.type if several else device, precision=choose_precision(config.precision, device, model))
     if not main: return {}
     chosen = "" if not known else None if weights.name == "last" else selected_on(Config.from_dict(known))
@@ -222,19 +223,19 @@ def load_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:  # fo
     return runs
 
 # %% ../../nbs/70_experiments/01_runs.ipynb #1586671e
+@REPORTS.register("side_by_side")
+@dataclass(frozen=True, kw_only=True)
+class SideBySide(Report):
+    "Finished runs on the same test episodes, compared pair by pair."
+    key: ClassVar[str] = "runs"
+    out: str = setting("", "folder for the report")
+    runs: tuple[str, ...] = setting((), "folders of finished runs; differences are to the first")
+
+    def check(self) -> None:
+        if len(self.runs) < 2: raise FsarError("a comparison needs at least two finished runs")
+        load_runs(self.runs)
+
 def compare_runs(folders: Sequence[str | Path],  # finished runs; differences are to the first
-                 out: str | Path, *, progress: bool = True) -> dict[str, Any]:  # what metrics.json holds
-    "Write a report that sets finished runs side by side: side_by_side.ipynb, report.html, metrics.json, figures."
-    out, parameters = Path(out), {"runs": [str(f) for f in folders], "out": str(out)}
-    if len(folders) < 2: raise FsarError("a comparison needs at least two finished runs")
-    if (out / "run.json").exists() or (out / "metrics.json").exists() and "runs" not in read_json(out / "metrics.json"):
-        raise FsarError(f"{out} holds a run: choose another folder for the comparison")
-    source = resource("templates") / "side_by_side.ipynb"
-    check_template(source, parameters)
-    load_runs(folders)
-    with writing(out): out.mkdir(parents=True, exist_ok=True)
-    execute(source, out / source.name, parameters, progress)
-    to_html(out / source.name, out / "report.html")
-    metrics = read_json(out / "metrics.json")
-    print("\n".join([*metrics["comparisons"], f"report: {out / 'report.html'}"]))
-    return metrics
+                 out: str | Path, *, progress: bool = True) -> dict[str, Any]:
+    "Write a report that compares finished runs: side_by_side.ipynb, report.html, metrics.json, figures. Return its metrics.json."
+    return make_report("side_by_side", out, runs=tuple(map(str, folders)), progress=progress)

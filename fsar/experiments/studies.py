@@ -11,7 +11,7 @@ __all__ = ['RECIPE', 'STUDIES', 'BY_PARTS', 'ALONG_AXES', 'SAME', 'LINES', 'Stud
            'study_command', 'measured', 'compute', 'study']
 
 # %% ../../nbs/70_experiments/08_studies.ipynb #211005e5
-import itertools, shlex
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy as np
 
 from . import comparison, protocol, rows as experiments_rows, runs as experiments
 from ..engine import results as engine_results
-from ..reports import side_by_side
-from .claims import dialled, tested_on
+from ..reports import provenance, side_by_side
+from .claims import rendered_variant, tested_on
 from .rows import HOW, Row
 from ..engine.results import difference, summarise_seeds
 from ..core.config import Config
@@ -272,7 +272,7 @@ def misaligned(out: Path, jobs: Sequence[Job], config: Config, levels: Sequence[
     check_levels(config, levels)
     found: dict[str, dict[float, dict[int, Any]]] = {job.label: {} for job in jobs}
     for level in levels:
-        data = dialled(config.dataset, short_side=config.short_side, misalignment=float(level))
+        data = rendered_variant(config.dataset, short_side=config.short_side, misalignment=float(level))
         for job in track(jobs, f"misalignment {level:g}", unit="run", disable=None if progress else True):
             place = weights_of(out, job)
             found[job.label].setdefault(float(level), {})[job.config.seed] = _kept(
@@ -367,9 +367,13 @@ def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:
 def study_command(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], **extra: Any  # reference, HOW and the study's own parameters
                   ) -> str:
     "The shell command that makes a study: what is not as the study has it, as flags."
-    study, usual = STUDIES[name], base_of(name).to_dict()
-    given = {**({"runs": [experiments_rows.row_text(row) for row in rows]} if list(rows) != experiments_rows.parse_rows(study.rows) else {}), "seeds": list(seeds), **{k: v for k, v in extra.items() if k not in experiments_rows.ELSEWHERE}, **{k: v for k, v in base.to_dict().items() if k in experiments_rows.BASE}}
-    return shlex.join(["fsar", "study", name, *experiments_rows.flags(given, {"reference": study.reference, **HOW, **study.own, **usual})])
+    study = STUDIES[name]
+    portable = {key: value for key, value in extra.items() if key not in experiments_rows.ELSEWHERE}
+    shared = {key: value for key, value in base.to_dict().items() if key in experiments_rows.BASE}
+    given = {"seeds": list(seeds), **portable, **shared}
+    if list(rows) != experiments_rows.parse_rows(study.rows): given = {"runs": [experiments_rows.row_text(row) for row in rows], **given}
+    defaults = {"reference": study.reference, **HOW, **study.own, **base_of(name).to_dict()}
+    return provenance.to_command(f"fsar study {name}", given, defaults, switches=False)
 
 def measured(name: str, base: Config, rows: Sequence[Row], seeds: Sequence[int], data: experiments.Data, *, reference: str = "", **extra: Any) -> dict[str, Any]:
     "What metrics.json holds: all of a comparison, and for a study of parts what each part adds."

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fsar.core.basics import torch_seed
-from fsar.bench.growth import QUICK, Task, growth, noise_batch
+from fsar.bench.growth import QUICK, growth, noise_batch
+from fsar.model.cost import Task
 from fsar.methods.trx import TupleAttention
 from fsar.model.blocks import by_class, class_slots
 from fsar.model.registry import create_model, load_methods

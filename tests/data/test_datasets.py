@@ -13,7 +13,7 @@ from fsar.cli import main as cli
 from fsar.data import datasets
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
-from fsar.data.datasets import check_store, class_table, open_data, prepare_data, prepared, remarks, split_table
+from fsar.data.datasets import check_store, class_table, open_data, prepare_and_summarise, prepare_data, remarks, split_table
 from fsar.data.motions import PRESETS, render, render_dataset, split_classes
 from fsar.data.splits import load_split, video_name
 from fsar.data.store import open_store
@@ -89,7 +89,7 @@ def test_tables_count_every_listed_video(folder, tmp_path):
         (tmp_path / "tree").mkdir(exist_ok=True)
         shutil.copy(folder / "rise" / f"rise_{k}.mp4", tmp_path / "tree" / f"{video_name(video)}.avi")
     (tmp_path / "tree" / f"{video_name(videos[0])}.avi").write_bytes(b"")
-    found = prepared(Config(dataset="hmdb51", videos=str(tmp_path / "tree"), store=str(tmp_path / "store"), **SIZES), progress=False)
+    found = prepare_and_summarise(Config(dataset="hmdb51", videos=str(tmp_path / "tree"), store=str(tmp_path / "store"), **SIZES), progress=False)
     table = pd.read_csv(tmp_path / "store" / "classes.csv")
     sides = {s: load_split("hmdb51", s) for s in ("train", "val", "test")}
     assert (table.usable + table.missing + table.unreadable == table.listed).all()
@@ -97,7 +97,7 @@ def test_tables_count_every_listed_video(folder, tmp_path):
     assert {s: list(part["class"]) for s, part in table.groupby("split")}.keys() == sides.keys() and len(table) == 51
     assert table.usable.sum() == 2 == found["videos"] and table.unreadable.sum() == 1 and found["missing"] == 6766 - 3
     assert [row["videos"] for row in found["splits"]] == ["0 of 4,280", "0 of 1,194", "2 of 1,292"]
-    text = datasets.told(found)
+    text = datasets.prepared_text(found)
     assert "2 of 6,766 videos prepared" in text and "missing: 6,763 videos, listed in" in text and "the file is empty" in text and "51 classes lack videos" in text
     json.dumps(found, allow_nan=False)
 

@@ -17,12 +17,12 @@ from fsar.data.motions import PRESETS, render, split_classes
 
 
 @pytest.fixture(scope="module")
-def dialled():
-    return {level: claims.dialled(misalignment=level, videos_per_class=3) for level in (0.0, 1.0)}
+def variants():
+    return {level: claims.rendered_variant(misalignment=level, videos_per_class=3) for level in (0.0, 1.0)}
 
 
-def test_the_dial_renders_the_novel_classes_with_that_setting(dialled):
-    for level, data in dialled.items():
+def test_the_dial_renders_the_novel_classes_with_that_setting(variants):
+    for level, data in variants.items():
         assert set(data.store.classes("test")) == set(split_classes("test")) and len(data.store.index) == 30
         config = dataclasses.replace(PRESETS["motions-mini"], misalignment=level)
         row = int(np.flatnonzero(data.store.index["class"] == "merge")[1])
@@ -46,9 +46,9 @@ def test_change_is_the_mean_difference_to_both_neighbours():
     assert torch.allclose(claims.change(clips)[0, :, 0, 0, 0], torch.tensor([0.2, 0.1, 0.0]))
 
 
-def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(dialled, monkeypatch):
+def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(variants, monkeypatch):
     model = create_model("protonet", backbone="resnet_micro", sampler="vim", seed=3).eval()
-    store = dialled[0.0].store
+    store = variants[0.0].store
     clips = torch.stack([store.frames(r, np.arange(16)) for r in range(0, 8)])
     energy = claims.change(clips)                                      # (V, M, 1, H, W)
     measured = {}
@@ -62,8 +62,8 @@ def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(d
 def _every_second(videos): return torch.nn.functional.one_hot(torch.arange(0, 16, 2), 16).expand(videos, -1, -1)
 
 
-def test_by_branch_leaves_the_model_as_it_was_and_asks_the_same_episodes(dialled):
-    model, data = create_model("molo", backbone="resnet_micro").eval(), dialled[0.0]
+def test_by_branch_leaves_the_model_as_it_was_and_asks_the_same_episodes(variants):
+    model, data = create_model("molo", backbone="resnet_micro").eval(), variants[0.0]
     pairs = [p for p in data.partners if set(p) <= set(data.store.classes("test"))]
     config = Config(test_queries=1)
     found = claims.by_branch(model, config, data, pairs, episodes=20)
@@ -72,9 +72,9 @@ def test_by_branch_leaves_the_model_as_it_was_and_asks_the_same_episodes(dialled
     assert np.array_equal(claims.tested_on(model, config, data, episodes=20, pairs=pairs).correct, found["motion"].correct)
 
 
-def test_a_gain_counts_seeds_and_says_so(dialled):
+def test_a_gain_counts_seeds_and_says_so(variants):
     config = Config(test_queries=1)
-    a, b = ({s: claims.tested_on(create_model(m, backbone="resnet_micro", seed=s).eval(), config, dialled[1.0], episodes=30) for s in (0, 1)} for m in ("otam", "protonet"))
+    a, b = ({s: claims.tested_on(create_model(m, backbone="resnet_micro", seed=s).eval(), config, variants[1.0], episodes=30) for s in (0, 1)} for m in ("otam", "protonet"))
     found = claims.gain(a, b, ("otam", "protonet"))
     assert found["difference"] == pytest.approx(np.mean([a[s].accuracy - b[s].accuracy for s in (0, 1)])) and found["seeds"] == 2
     assert ("inside the noise" in found["words"]) == (abs(found["difference"]) < found["noise"] or found["difference"] == 0)
@@ -91,7 +91,7 @@ def test_refusals(tmp_path, capsys):
     with pytest.raises(FsarError, match="holds no comparison: make one with fsar compare"): claims.trained(tmp_path)
     with pytest.raises(FsarError, match="two or more settings of the dial from 0 to 1"): claims.claims_report(tmp_path, tmp_path / "out", levels=[2.0, 0.0])
     with pytest.raises(FsarError, match="episodes=1: at least 2"): claims.claims_report(tmp_path, tmp_path / "out", episodes=1)
-    with pytest.raises(FsarError, match="no rendered benchmark 'motion'"): claims.dialled("motion")
+    with pytest.raises(FsarError, match="no rendered benchmark 'motion'"): claims.rendered_variant("motion")
 
 
 def test_the_whole_report_from_a_small_comparison(tmp_path, says_its_origin):

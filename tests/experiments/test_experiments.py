@@ -128,8 +128,8 @@ def test_the_command_makes_the_configuration_again():
     from fsar.cli.main import parse
     config = Config(method="otam", options=("lam=0.2",), test_shots=(1, 3), flip=True, train_classes=("letter_*", "it's"), source=r"(.+)_\d+$", lr=5e-4, out="reports/my run")
     import shlex
-    assert parse(shlex.split(provenance.command(config))[1:]).config() == config
-    assert provenance.command(Config()) == "fsar train --out reports/quickstart"  # the folder always, so that another default changes nothing
+    assert parse(shlex.split(provenance.to_command("fsar train", config))[1:]).config() == config
+    assert provenance.to_command("fsar train", Config()) == "fsar train --out reports/quickstart"  # the folder always, so that another default changes nothing
 
 
 def test_git_state_is_absent_outside_a_checkout(tmp_path, monkeypatch):
@@ -243,19 +243,19 @@ def test_a_report_without_its_run_is_made_again_but_not_replaced(tmp_path):
     with pytest.raises(FsarError, match="holds a report of another configuration .method, seed differ.: choose another --out"):
         experiments.claim(tmp_path, mine.replace(method="otam", seed=3), "train", False)
     assert experiments.claim(tmp_path, mine.replace(seed=3), "train", True) is False  # when told to
-    with pytest.raises(FsarError, match="holds a run: choose another folder"): experiments.compare_runs(["a", "b"], tmp_path)
+    with pytest.raises(FsarError, match="holds another kind of report: choose another --out"): experiments.compare_runs(["a", "b"], tmp_path)
     write_json(tmp_path / "metrics.json", {"runs": {}})  # a comparison of runs
     with pytest.raises(FsarError, match="another configuration"): experiments.claim(tmp_path, mine, "train", False)
 
 
 def test_a_fresh_clone_can_run_the_demo_over_the_published_report():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     words = re.search(r"/fsar train (.*)", (root / "Makefile").read_text())[1].split()
     from fsar.cli.main import parse
     assert experiments._remakes(root / "reports" / "quickstart", parse(["train", *words]).config()) is False
 
 
-@pytest.mark.parametrize("metadata, words", [({}, "names no kernel"), ({"kernelspec": {"name": "no-such-kernel", "display_name": "x"}}, "wants the Jupyter kernel 'no-such-kernel', which is not installed .*python3.*ipykernel install")])
+@pytest.mark.parametrize("metadata, words", [({}, "names no kernel"), ({"kernelspec": {"name": "no-such-kernel", "display_name": "x"}}, "needs the Jupyter kernel 'no-such-kernel', which is not installed .*python3.*ipykernel install")])
 def test_a_template_whose_kernel_is_missing(tmp_path, metadata, words):
     nbformat.write(nbformat.v4.new_notebook(metadata=metadata), tmp_path / "odd.ipynb")
     with pytest.raises(FsarError, match=words): notebooks.execute(tmp_path / "odd.ipynb", tmp_path / "out.ipynb", {})

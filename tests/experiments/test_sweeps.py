@@ -121,7 +121,7 @@ def test_the_sweep_and_its_table(done, jobs):
 
 
 def test_parquet_says_what_it_needs(done, jobs):
-    try: import pyarrow
+    try: import pyarrow  # noqa: F401
     except ImportError:
         with pytest.raises(FsarError, match="pip install pyarrow"): sweeps.write_results(done[0], jobs, parquet=True)
         assert not (done[0] / "results.parquet").exists()
