@@ -24,10 +24,11 @@ def available_devices() -> list[str]:
 
 def choose_device(name: str = "auto"  # auto, cpu, cuda, cuda:1, mps
                   ) -> torch.device:
-    "Return the device to compute on; `auto` is the GPU if there is one, else the CPU. Raise `FsarError` if this machine lacks it."
+    "Return the device to compute on; `auto` is the GPU if there is one, else the CPU. Raise `FsarError` if it is not here."
     if name == "auto": return torch.device("cuda" if torch.cuda.device_count() else "cpu")
     available = available_devices()
-    if name not in available: raise FsarError(f"device {name!r} is not available here; accepted: auto, {', '.join(available)}")
+    if name not in available:
+        raise FsarError(f"device {name!r} is not available here; accepted: auto, {', '.join(available)}")
     return torch.device(name)
 
 # %% ../../nbs/50_engine/00_devices.ipynb #8070ed39

@@ -22,7 +22,8 @@ def _updating_norms(model: torch.nn.Module) -> list[_BatchNorm]:
     "Return the batch norms that update running statistics. Raise `FsarError` for one without a momentum."
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
     if any(m.momentum is None for m in norms):
-        raise FsarError("several processes need batch normalisation with a momentum, and here is one with momentum=None, a mean over all that was seen")
+        raise FsarError("several processes need batch normalisation with a momentum, "
+                        "and here is one with momentum=None, a mean over all that was seen")
     return norms
 
 def _other_counters(model: torch.nn.Module, norms: list[_BatchNorm]) -> list[Tensor]:
@@ -58,7 +59,7 @@ class Traces:
     @contextlib.contextmanager
     def task(self, position: int  # of the episode in the step
              ) -> Iterator[None]:
-        "Record what one episode adds: inside, statistics start at zero and counters at those of the step plus `position`."
+        "Record what one episode adds: inside, statistics start at zero, counters at those of the step plus `position`."
         if not self.added: self.before = self.values()
         statistics, counters = self.before
         start = torch.zeros_like(statistics), counters + position
