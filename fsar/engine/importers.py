@@ -21,7 +21,7 @@ from ..core.files import sha256_file
 from ..data.splits import BENCHMARKS, benchmark_name, load_split
 from .checkpoints import RECORD, save_model
 from ..model.base import METHODS, FewShotModel, translated
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 
 # %% ../../nbs/50_engine/10_importers.ipynb #830e55e3
 WRAPPERS = ("model_state", "model_state_dict", "state_dict")
@@ -126,7 +126,7 @@ def _section(title: str, entries: Sequence[str], most: int = 12) -> list[str]:
 # %% ../../nbs/50_engine/10_importers.ipynb #b24938c3
 def _importable(method: str) -> type[FewShotModel]:
     "Return the class of a method. Raise `FsarError` unless its authors' layout is known."
-    known = [name for name, kind in load_methods().items() if kind.released_layout]
+    known = [name for name, kind in METHODS.items() if kind.released_layout]
     if not METHODS[method].released_layout:
         raise FsarError(f"there is no layout of released checkpoints for the method {method!r}. "
                         f"Methods with one: {', '.join(sorted(known))}")

@@ -273,7 +273,7 @@ def test_files_are_whole_named_and_never_replaced_unasked(store, tmp_path):
     assert html.read_text(encoding="utf-8") == plan(store, split="train", classes=["a"]).page()
     html.write_text("mine")
     png.unlink()
-    with pytest.raises(FsarError, match="store_train_a.html is there already"): write_sheet(store, png.parent, split="train", classes="a")
+    with pytest.raises(FsarError, match="store_train_a.html exists already"): write_sheet(store, png.parent, split="train", classes="a")
     assert html.read_text() == "mine" and not png.exists()
     write_sheet(store, png.parent, split="train", classes="a", overwrite=True)
     assert png.exists() and html.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -321,7 +321,7 @@ def test_copied_data_set_is_the_same_and_a_changed_one_is_not(tmp_path):
     with pytest.warns(QuarantineWarning):
         assert prepare(manifest_of(root), store.path, **SETTINGS).hash == store.hash
     write_video(root / "c" / "c_1.mp4", picture(9, 5))
-    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: bring it in step with --update"):
+    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: update it with --update"):
         prepare(manifest_of(root), store.path, **SETTINGS)
 
 
@@ -379,7 +379,7 @@ def test_messages(case, videos, copy, tmp_path):
 
 def test_two_at_once(videos, tmp_path):
     (tmp_path / "out").mkdir()
-    with fsar.data.store._alone(tmp_path / "out"), pytest.raises(FsarError, match="is being prepared by another process"):
+    with fsar.data.store._locked(tmp_path / "out"), pytest.raises(FsarError, match="is being prepared by another process"):
         prepare(manifest_of(videos), tmp_path / "out", **SETTINGS)
 
 
@@ -423,7 +423,7 @@ def test_update_decodes_what_is_new_and_forgets_what_is_gone(tmp_path, capfd, mo
     root = make_videos(tmp_path / "in", per_class=4)
     full = manifest_of(root)
     grown = prepare(full.drop(index=[1, 5]).reset_index(drop=True), tmp_path / "out", **SETTINGS)
-    with pytest.raises(FsarError, match="another list of videos .*in step with --update"): prepare(full, tmp_path / "out", **SETTINGS)
+    with pytest.raises(FsarError, match="another list of videos .*update it with --update"): prepare(full, tmp_path / "out", **SETTINGS)
     monkeypatch.delenv("FSAR_QUIET", raising=False)
     updated = prepare(full, tmp_path / "out", update=True, **{**SETTINGS, "progress": True})
     assert "10 of 12 done before" in capfd.readouterr().err

@@ -17,9 +17,10 @@ from fsar.engine.checkpoints import (CheckpointWarning, atomic_folder, load_mode
                               tensor_bytes, verified_record)
 from fsar.core.basics import FsarError
 from fsar.core.files import sha256_file, sha256_json
-from fsar.model.registry import create_model, load_methods
+from fsar.model.base import METHODS as REGISTRY
+from fsar.model.registry import create_model
 
-METHODS = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
+METHODS = sorted(name for name, method in REGISTRY.items() if method.__module__.startswith("fsar."))
 
 
 def small(method="protonet", seed=0, **kwargs):

@@ -22,9 +22,8 @@ from fsar.engine.checkpoints import load_model, save_model
 from fsar.core.basics import FsarError, torch_seed
 from fsar.engine.importers import IncompleteImport, fill_released, import_checkpoint, match_entries
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
-load_methods()
 CLASSES = 7  # of the class-label head, where there is one
 C = 64  # channels of the backbones below
 

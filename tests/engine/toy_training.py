@@ -13,9 +13,8 @@ from fsar.core.files import sha256_file
 from fsar.data.episodes import EpisodeBatch
 from fsar.engine.training import train
 from fsar.model.base import METHODS
-from fsar.model.registry import load_methods
 
-METHOD_NAMES = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
+METHOD_NAMES = sorted(name for name, method in METHODS.items() if method.__module__.startswith("fsar."))
 CLASSES = 6
 
 

@@ -21,9 +21,8 @@ from fsar.predict.hub import CARD, CONFIG, load_pretrained, results_of, push_to_
 from fsar.predict.pretrained import Preprocessing, Pretrained
 from fsar.predict.card import model_card
 from fsar.model.base import METHODS, SAMPLERS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
-load_methods()
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
 forms = pytest.mark.parametrize("method, variant, sampler", FORMS, ids=["-".join(filter(None, (s, m, v))) for m, v, s in FORMS])
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")

@@ -22,13 +22,12 @@ from fsar.engine.evaluation import embed_videos
 from fsar.predict.pretrained import ARRAYS, Preprocessing, Pretrained, clip_of, frames_of
 from fsar.predict.hub import load_pretrained
 from fsar.model.base import METHODS, SAMPLERS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 from fsar.data.motions import render, split_classes
 from fsar.predict.recognizer import FewShotRecognizer, examples_of, matcher_of
 from fsar.predict.answers import prediction_figure, spans
 from fsar.data.video import VideoError, decode, decode_all, segment_indices, write_video
 
-load_methods()
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
 forms = pytest.mark.parametrize("method, variant, sampler", FORMS, ids=["-".join(filter(None, (s, m, v))) for m, v, s in FORMS])
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")
