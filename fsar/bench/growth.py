@@ -39,7 +39,7 @@ from ..model.base import METHODS, FewShotModel, widened
 from ..model.cost import Task, Terms
 from ..model.counting import FAKE, episode, noise
 from ..model.embedding import Embedding
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 
 # %% ../../nbs/90_bench/03_growth.ipynb #33bb0492
 class Operations(TorchDispatchMode):
@@ -85,7 +85,7 @@ DIMENSIONS = tuple(f.name for f in fields(Task))
 # %% ../../nbs/90_bench/03_growth.ipynb #e8cdb1d9
 def own_terms(method: str, work: str) -> Terms | None:
     "Return the terms of a method's formula, or None if it declares none."
-    cost = METHODS[method].cost if method in load_methods() else None
+    cost = METHODS[method].cost if method in METHODS else None
     return None if cost is None else cost.terms(work)
 
 def own_size(terms: Terms, task: Task) -> dict[str, int]:
@@ -111,7 +111,7 @@ def order(terms: Terms, dimension: str) -> tuple[int, str]:
 def order_table(work: str = "score", dimensions: Sequence[str] = ("frames", "ways", "shots", "queries")) -> pd.DataFrame:
     "Return the order of every declared method in every dimension, with the term that has it."
     rows = {}
-    for method in sorted(load_methods()):
+    for method in sorted(METHODS):
         if (terms := own_terms(method, work)) is None: continue
         orders = {dimension: order(terms, dimension) for dimension in dimensions}
         rows[method] = {dimension: f"{exponent} ({term})" for dimension, (exponent, term) in orders.items()}
@@ -330,9 +330,9 @@ def growth(methods: Iterable[str] | None = None,  # None: all that are registere
            plan: Plan = QUICK, *, works: Iterable[str] = tuple(GROWS),
            device: torch.device | str = "cpu", progress: bool = False) -> pd.DataFrame:
     "Measure methods; return a row for each method, work, dimension and value."
-    registered, works = load_methods(), list(works)
-    names = sorted(registered) if methods is None else list(methods)
-    for method in names: registered[method]
+    works = list(works)
+    names = sorted(METHODS) if methods is None else list(methods)
+    for method in names: METHODS[method]
     for work in works:
         if work not in WORK: raise FsarError(f"there is no work {work!r}.{nearest(work, WORK)} Accepted: {', '.join(WORK)}")
     rows = []

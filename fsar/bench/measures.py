@@ -49,10 +49,10 @@ from ..engine.evaluation import embed_videos, gather, predict_episodes, testing
 from ..engine.run import Run, prepare_run
 from ..engine.training import run_step
 from ..methods.trx import TRX
-from ..model.base import FewShotModel, MatchingModel
+from ..model.base import METHODS, FewShotModel, MatchingModel
 from ..model.embedding import Embedding
 from ..model.matching import otam
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 
 # %% ../../nbs/90_bench/08_measures.ipynb #05b3637a
 def noise(s: Settings, *shape: int) -> Tensor:
@@ -645,7 +645,7 @@ def as_rows(table: pd.DataFrame) -> list[Row]:
       "A training step of every method on ResNet-18 at 112 pixels under torch's profiler.", judged=False)
 def measure_profiles(s: Settings) -> list[Row]:
     if s.quick: tables = [_profile(s, "otam", backbone="resnet_micro", size=32, steps=1)]
-    else: tables = [_profile(s, name, backbone="resnet18") for name in sorted(load_methods())]
+    else: tables = [_profile(s, name, backbone="resnet18") for name in sorted(METHODS)]
     return as_rows(short_profile(pd.concat(tables)))
 
 def _profile(s: Settings, name: str, backbone: str, **how: Any) -> pd.DataFrame:

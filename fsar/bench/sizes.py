@@ -22,7 +22,7 @@ from ..core.basics import FsarError
 from ..model.base import METHODS, SAMPLERS, FewShotModel
 from ..model.counting import amount, count_verb, embedded, episode, like
 from ..model.embedding import Embedding
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 from ..reports.figures import ACCENT, INK, method_name
 from ..reports.notebooks import REPORTS, Report, make_report, setting
 
@@ -50,7 +50,6 @@ def episode_size(model: FewShotModel, embedding: Embedding,  # of one video, its
 # %% ../../nbs/90_bench/02_sizes.ipynb #8beb2a5a
 def forms() -> list[tuple[str, str]]:  # method, sampler
     "Return everything that is measured. A method that is a sampler already, such as VIM, gets none in front."
-    load_methods()
     plain = [(method, "") for method in sorted(METHODS)]
     sampled = [(method, sampler) for sampler in sorted(SAMPLERS) for method in sorted(METHODS)
                if not issubclass(METHODS[method], SAMPLERS[sampler])]
