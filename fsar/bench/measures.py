@@ -630,7 +630,8 @@ def _training_start(s: Settings, table: pd.DataFrame) -> Row:
 
 # %% ../../nbs/90_bench/08_measures.ipynb #21a1c032
 @item("growth", "growth",
-      "Operations, memory and time of every method against frames, ways, shots, queries, videos and episodes, with fitted exponents.", judged=False)
+      "Operations, memory and time of every method against frames, ways, shots, queries, videos and episodes, with fitted "
+      "exponents.", judged=False)
 def measure_growth(s: Settings) -> list[Row]:
     if s.quick: return as_rows(growth(["otam", "trx"], FEW, works=("score",), device=s.device))
     return as_rows(growth(None, FULL, works=("embed", "score", "learn", "test"), device=s.device))

@@ -141,8 +141,8 @@ def size_headline(sizes: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
     shots, ways, size = settings["shots"][0], settings["ways"], settings["size"]
     totals = [(whole_episode(row, shots, ways, settings["queries"]), row["name"]) for row in sizes]
     low, high = min(totals, key=lambda total: total[0]), max(totals, key=lambda total: total[0])
-    return (f"{len(sizes)} methods on {settings['backbone']}, {settings['frames']} frames of {size}×{size}: a {ways}-way {shots}-shot episode "
-            f"takes {amount(low[0])} ({low[1]}) to {amount(high[0])} ({high[1]}) multiply-adds")
+    return (f"{len(sizes)} methods on {settings['backbone']}, {settings['frames']} frames of {size}×{size}: "
+            f"a {ways}-way {shots}-shot episode takes {amount(low[0])} ({low[1]}) to {amount(high[0])} ({high[1]}) multiply-adds")
 
 # %% ../../nbs/90_bench/02_sizes.ipynb #1ed3ed5a
 @REPORTS.register("sizes")
