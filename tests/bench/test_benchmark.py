@@ -40,10 +40,10 @@ def test_otam_cell_by_cell_against_all_paths():
     dist, lam = torch.rand(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(1)), 0.1
     padded, last = torch.nn.functional.pad(dist, (1, 1)), 4
 
-    def paths(l, m):
+    def paths(row, m):
         "Costs of all ways from the first column to a cell."
         if m == 0: return [torch.zeros((), dtype=torch.double)]
-        return [padded[l, m] + cost for i, j in references.predecessors(l, m, last) for cost in paths(i, j)]
+        return [padded[row, m] + cost for i, j in references.predecessors(row, m, last) for cost in paths(i, j)]
 
     found = -lam * torch.logsumexp(-torch.stack(paths(2, last)) / lam, 0)
     assert torch.isclose(references.otam_table(dist[None, None], lam)[0, 0], found, atol=1e-12)
@@ -136,7 +136,10 @@ def test_originals_that_are_gone_are_named(tiny_store, monkeypatch):
 
 # verdict, table, notes
 
-def rows_of(value=3.0, goal=Goal(10), unit="times as fast", **more):
+TEN = Goal(10)
+
+
+def rows_of(value=3.0, goal=TEN, unit="times as fast", **more):
     return {"item": "otam", **items.row("T = 8", Settings(), unit, [value * 0.9, value, value * 1.2], ours="a", reference="b", goal=goal, **more)}
 
 
