@@ -346,10 +346,10 @@ def beside_published(metrics: Mapping[str, Any]) -> None:
     "On a public benchmark: the published rows beside ours and what differs in the protocol. Nothing on other data."
     from IPython.display import Markdown, display
     from fsar.reports import figures as reports, published
-    found = published.beside(metrics)
+    found = published.compare_published(metrics)
     if not len(found): return
-    display(Markdown("## Beside published results"))
-    reports.show_table(published.beside_table(found))
+    display(Markdown("## Next to published results"))
+    reports.show_table(published.published_table(found))
     bullets(published.protocol_differences(metrics))
 
 def closing(metrics: Mapping[str, Any], *, without: Sequence[str] = ()) -> None:  # limits of a comparison that begin so are left out
