@@ -38,19 +38,20 @@ class Registry(Mapping[str, T]):
 
     def __init__(self, kind: str  # what the entries are, for messages: "method", "matcher", …
                  ) -> None:
-        self.kind, self._entries = kind, {}
+        self.kind = kind
+        self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        "Decorator: store the decorated object under `name`; a name can be taken only once."
+        "Decorator: store the decorated object under `name`; raise FsarError if the name is taken."
         def add(entry: T) -> T:
-            old = self._entries.get(name)
-            if old is not None and getattr(old, "__qualname__", old) != getattr(entry, "__qualname__", entry):
-                raise FsarError(f"{self.kind} {name!r} is registered already: {old}")
+            if name in self._entries and not _same_definition(self._entries[name], entry):
+                raise FsarError(f"{self.kind} {name!r} is registered already: {self._entries[name]}")
             self._entries[name] = entry
             return entry
         return add
 
     def __getitem__(self, name: str) -> T:
+        "Return the entry of that name; raise FsarError that lists the known names if there is none."
         if name not in self._entries:
             raise FsarError(f"unknown {self.kind} {name!r}.{nearest(name, self)} Known: {', '.join(sorted(self))}")
         return self._entries[name]
@@ -59,6 +60,13 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int: return len(self._entries)
     def __contains__(self, name: object) -> bool: return name in self._entries
     def get(self, name: str, default: Any = None) -> Any: return self._entries.get(name, default)
+
+# %% ../../nbs/00_core/00_basics.ipynb #d3e82585
+def _same_definition(old: Any, new: Any) -> bool:
+    "Return whether `new` is `old`, defined again: the same module, or a notebook's version of it, and the same name."
+    modules = {getattr(old, "__module__", None), getattr(new, "__module__", None)}
+    same_name = getattr(old, "__qualname__", old) == getattr(new, "__qualname__", new)
+    return same_name and (len(modules) == 1 or "__main__" in modules)
 
 # %% ../../nbs/00_core/00_basics.ipynb #8c3176c3
 def _entropy(key: tuple[int, ...]) -> int:
