@@ -16,7 +16,7 @@ from ..core.basics import FsarError, nearest
 from ..core.files import resource
 from ..data.splits import BENCHMARKS, Split, benchmark_name, load_split
 from ..model.base import METHODS, SAMPLERS, FewShotModel
-from ..model.registry import keywords_of, load_methods, method_options, parse_options
+from ..model.registry import keywords_of, method_options, parse_options
 from .figures import fill, method_name
 
 # %% ../../nbs/60_reports/03_published.ipynb #30f3a6fb
@@ -61,14 +61,13 @@ def _spelling(benchmark: str) -> str:
 
 def _of_method(table: pd.DataFrame, method: str) -> pd.DataFrame:
     "Return the rows of a method. Raise FsarError for an unknown one."
-    load_methods()
     if method not in METHODS:
         raise FsarError(f"unknown method {method!r}.{nearest(method, METHODS)} Known: {', '.join(sorted(METHODS))}")
     if method not in ALIASES: return table[table["method"] == method]
     name, sampler = ALIASES[method]
     return table[(table["method"] == name) & (table["sampler"] == sampler)]
 
-# %% ../../nbs/60_reports/03_published.ipynb #f6180d06
+# %% ../../nbs/60_reports/03_published.ipynb #af2deda1
 def published(benchmark: str | None = None, method: str | None = None, *, table: str | None = None,  # None: all
               ways: int | None = None, shots: int | None = None) -> pd.DataFrame:
     """Return published numbers, one a row: `accuracy` in percent, with what was measured, on what, and in whose paper.
@@ -147,7 +146,7 @@ def _compared(benchmark: str, label: str, row: Mapping[str, Any], r: Mapping[str
     number = {"published": theirs["accuracy"], "difference": line["accuracy"] - theirs["accuracy"]}
     return {**line, **number, **theirs[["row", "source", "selection", "iterations"]]}
 
-# %% ../../nbs/60_reports/03_published.ipynb #53e6494b
+# %% ../../nbs/60_reports/03_published.ipynb #802bba8f
 def published_table(found: pd.DataFrame  # of `compare_published`
                     ) -> pd.DataFrame:
     "Return the same for a page: numbers as text, dashes where nothing is published."
@@ -187,7 +186,7 @@ def _other_options(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[s
     names = _distinguishing_options(published(metrics["data"]["benchmark"], row["method"]))
     return [option for option in row["options"] if option.split("=")[0] not in names]
 
-# %% ../../nbs/60_reports/03_published.ipynb #3b9e57f0
+# %% ../../nbs/60_reports/03_published.ipynb #e0f2277c
 def _training_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> Iterator[str]:
     "Yield how long ours were trained, and theirs."
     c = metrics["config"]
@@ -197,7 +196,7 @@ def _training_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> It
     yield (f"Training: {c['episodes']:,} episodes at most, {c['tasks_per_step']} to a step, {c['shots']}-shot, "
            f"{c['queries']} queries a class; {known}.")
 
-# %% ../../nbs/60_reports/03_published.ipynb #60cbf7aa
+# %% ../../nbs/60_reports/03_published.ipynb #1d618bd9
 OURS_SELECTED = {"val": "on validation classes", "test": "on these test classes, protocol 'paper'",
                  None: "not chosen, the last are taken"}  # by `selected_on`
 THEIRS_UNKNOWN = "how the published ones were chosen is not known here; released code of MoLo, TA2N and others chooses on the test split"
@@ -211,7 +210,7 @@ def _selection_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> I
     yield f"Weights: ours {ours}; {theirs}."
     if metrics["data"].get("leaks"): yield "NOT FEW-SHOT: the weights were trained on classes of this test."
 
-# %% ../../nbs/60_reports/03_published.ipynb #f3f1f77b
+# %% ../../nbs/60_reports/03_published.ipynb #a1e53469
 def _data_differences(metrics: Mapping[str, Any]) -> Iterator[str]:
     "Yield which videos are missing, which lists were used, and whether recordings are kept apart."
     c, name = metrics["config"], metrics["data"]["benchmark"]
@@ -233,7 +232,7 @@ def _missing_videos(data: Mapping[str, Any], side: str, split: Split) -> str:
     if videos >= len(split): return ""
     return f"{videos:,} of {len(split):,} {side} videos in {classes} of {len(split.classes)} classes"
 
-# %% ../../nbs/60_reports/03_published.ipynb #e7544984
+# %% ../../nbs/60_reports/03_published.ipynb #38cdd188
 def _test_differences(metrics: Mapping[str, Any]) -> Iterator[str]:
     "Yield how large the tests were."
     c = metrics["config"]

@@ -23,7 +23,7 @@ from ..engine.results import t_quantile
 from . import figures
 from .figures import LIGHT_GREYS, code_text, duration, fill, percent, plural, video_count
 
-# %% ../../nbs/60_reports/04_side_by_side.ipynb #549cd606
+# %% ../../nbs/60_reports/04_side_by_side.ipynb #46d7c8c0
 PAIRS = "time-reversed pairs"  # the name of the test between motions and their reversals
 
 def first_result(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,7 +166,7 @@ def origin(metrics: Mapping[str, Any]) -> dict[str, Any]:
         found["trained in another report's folder"] = "; ".join(lists)
     return found
 
-# %% ../../nbs/60_reports/04_side_by_side.ipynb #f6417731
+# %% ../../nbs/60_reports/04_side_by_side.ipynb #97df26cb
 def draw_rows(ax: Axes, rows: Mapping[str, Mapping[str, Any]],  # label → numbers of one test
               labels: Sequence[str]  # all rows; those without numbers are left empty
               ) -> None:
@@ -297,7 +297,7 @@ def findings(metrics: Mapping[str, Any]) -> list[str]:
                               above=join_names(above), below=join_names(below), inside=join_names(inside)))
     return sentences + _noise_sentences(metrics)
 
-# %% ../../nbs/60_reports/04_side_by_side.ipynb #deb2574d
+# %% ../../nbs/60_reports/04_side_by_side.ipynb #39baf287
 NOISE = """Trainings of one row differ by a standard deviation of {typical:.1f} points (median; largest {largest:.1f}), while the draw
 of the episodes leaves at most ± {episodes:.1f}: the luck of {larger} is the larger part of the noise."""
 
@@ -343,7 +343,7 @@ LIMITS = {
     "many rows": """{others} rows are compared with one at the 95 % level each: of twenty rows without any difference, about one would
         seem to have one."""}
 
-# %% ../../nbs/60_reports/04_side_by_side.ipynb #c8c6a237
+# %% ../../nbs/60_reports/04_side_by_side.ipynb #a185f773
 def limits(metrics: Mapping[str, Any]) -> list[str]:
     "Return what the comparison does not show, one entry for each limit."
     c, data, r = metrics["config"], metrics["data"], first_result(metrics)
