@@ -281,7 +281,8 @@ def _release(run: Run) -> None:
     run.optimizer.zero_grad()
     run.wrapped, run.traces = run.model, None
     run.accelerator.wait_for_everyone()
-    run.accelerator.free_memory()
+    collects = run.world > 1 or run.device.type != "cpu"
+    if collects: run.accelerator.free_memory()  # its garbage collection takes longer than a small training
 
 # %% ../../nbs/50_engine/09_training.ipynb #301c1f58
 def train(config: Config, model: FewShotModel,  # with its first weights; trained in place
