@@ -209,7 +209,7 @@ def test_ctrl_c(reference, tmp_path, steps, save_seconds):
 def test_every_method_resumes_exactly(method, precision, tmp_path):
     "With its own dropout and normalisation, from a checkpoint in the middle."
     config = settings(method=method, frames=3, size=16, short_side=16, episodes=3, tasks_per_step=1, validate_every=0, precision=precision, optimizer="adam")
-    new = lambda: create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
+    def new(): return create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
     episodes = Episodes(frames=new().clip_frames, size=16, ways=2, queries=1)
     run(tmp_path / "straight", config, new(), episodes, None)
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "broken", config, new(), episodes, None, on_step=ctrl_c(2), save_seconds=0)

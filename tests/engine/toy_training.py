@@ -32,10 +32,12 @@ class Episodes:
         classes = rng.permutation(CLASSES)[:self.ways]
         labels = torch.arange(self.ways)
         query_labels = labels.repeat_interleave(self.queries)
-        clip = lambda c: torch.from_numpy((40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
-                                           + rng.normal(0, 120, (self.frames, 3, self.size, self.size))).clip(0, 255).astype("uint8"))
-        return EpisodeBatch(torch.stack([clip(classes[y]) for y in labels]), labels, torch.stack([clip(classes[y]) for y in query_labels]), query_labels,
-                            torch.from_numpy(classes), index)
+        def clip(c):
+            level = 40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
+            noise = rng.normal(0, 120, (self.frames, 3, self.size, self.size))
+            return torch.from_numpy((level + noise).clip(0, 255).astype("uint8"))
+        support, query = (torch.stack([clip(classes[y]) for y in ways]) for ways in (labels, query_labels))
+        return EpisodeBatch(support, labels, query, query_labels, torch.from_numpy(classes), index)
 
 
 def tiny(seed=0):
@@ -60,8 +62,8 @@ def accuracy(model):
     return SimpleNamespace(accuracy=right.mean().item(), ci95=right.std().item())
 
 
-def run(out, config=settings(), model=None, episodes=None, validate=accuracy, **kwargs):
-    return train(config, model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
+def run(out, config=None, model=None, episodes=None, validate=accuracy, **kwargs):
+    return train(config or settings(), model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
 
 
 def weights(out, name="last"): return sha256_file(Path(out) / name / "model.safetensors")
