@@ -67,7 +67,7 @@ def _of_method(table: pd.DataFrame, method: str) -> pd.DataFrame:
     name, sampler = ALIASES[method]
     return table[(table["method"] == name) & (table["sampler"] == sampler)]
 
-# %% ../../nbs/60_reports/03_published.ipynb #af2deda1
+# %% ../../nbs/60_reports/03_published.ipynb #2d598ecf
 def published(benchmark: str | None = None, method: str | None = None, *, table: str | None = None,  # None: all
               ways: int | None = None, shots: int | None = None) -> pd.DataFrame:
     """Return published numbers, one a row: `accuracy` in percent, with what was measured, on what, and in whose paper.
@@ -146,7 +146,7 @@ def _compared(benchmark: str, label: str, row: Mapping[str, Any], r: Mapping[str
     number = {"published": theirs["accuracy"], "difference": line["accuracy"] - theirs["accuracy"]}
     return {**line, **number, **theirs[["row", "source", "selection", "iterations"]]}
 
-# %% ../../nbs/60_reports/03_published.ipynb #802bba8f
+# %% ../../nbs/60_reports/03_published.ipynb #d09788f2
 def published_table(found: pd.DataFrame  # of `compare_published`
                     ) -> pd.DataFrame:
     "Return the same for a page: numbers as text, dashes where nothing is published."
@@ -186,7 +186,7 @@ def _other_options(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[s
     names = _distinguishing_options(published(metrics["data"]["benchmark"], row["method"]))
     return [option for option in row["options"] if option.split("=")[0] not in names]
 
-# %% ../../nbs/60_reports/03_published.ipynb #e0f2277c
+# %% ../../nbs/60_reports/03_published.ipynb #488b1249
 def _training_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> Iterator[str]:
     "Yield how long ours were trained, and theirs."
     c = metrics["config"]
@@ -196,7 +196,7 @@ def _training_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> It
     yield (f"Training: {c['episodes']:,} episodes at most, {c['tasks_per_step']} to a step, {c['shots']}-shot, "
            f"{c['queries']} queries a class; {known}.")
 
-# %% ../../nbs/60_reports/03_published.ipynb #1d618bd9
+# %% ../../nbs/60_reports/03_published.ipynb #2eaa970a
 OURS_SELECTED = {"val": "on validation classes", "test": "on these test classes, protocol 'paper'",
                  None: "not chosen, the last are taken"}  # by `selected_on`
 THEIRS_UNKNOWN = "how the published ones were chosen is not known here; released code of MoLo, TA2N and others chooses on the test split"
@@ -210,7 +210,7 @@ def _selection_differences(metrics: Mapping[str, Any], found: pd.DataFrame) -> I
     yield f"Weights: ours {ours}; {theirs}."
     if metrics["data"].get("leaks"): yield "NOT FEW-SHOT: the weights were trained on classes of this test."
 
-# %% ../../nbs/60_reports/03_published.ipynb #a1e53469
+# %% ../../nbs/60_reports/03_published.ipynb #efd119b5
 def _data_differences(metrics: Mapping[str, Any]) -> Iterator[str]:
     "Yield which videos are missing, which lists were used, and whether recordings are kept apart."
     c, name = metrics["config"], metrics["data"]["benchmark"]
@@ -232,7 +232,7 @@ def _missing_videos(data: Mapping[str, Any], side: str, split: Split) -> str:
     if videos >= len(split): return ""
     return f"{videos:,} of {len(split):,} {side} videos in {classes} of {len(split.classes)} classes"
 
-# %% ../../nbs/60_reports/03_published.ipynb #38cdd188
+# %% ../../nbs/60_reports/03_published.ipynb #bc27bc78
 def _test_differences(metrics: Mapping[str, Any]) -> Iterator[str]:
     "Yield how large the tests were."
     c = metrics["config"]
