@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
@@ -27,7 +26,7 @@ from ..core.basics import FsarError, generator, nearest
 from ..core.files import atomic_path, sha256_arrays, sha256_json
 from ..core.machine import keep_freed_memory
 from .augment import TestTransform, TrainTransform
-from .pictures import film_strip
+from .pictures import strip
 from .store import Store
 from .video import segment_indices
 
@@ -441,7 +440,7 @@ def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the class
 
 def _positions(labels: Tensor, way: int) -> list[int]: return (labels == way).nonzero().flatten().tolist()
 
-# %% ../../nbs/10_data/11_episodes.ipynb #cad6be71
+# %% ../../nbs/10_data/11_episodes.ipynb #3f2eafc6
 def _strip_axes(clips: Tensor, lines: int, width: float) -> tuple["Figure", np.ndarray]:  # axes (lines, 2)
     "Return a figure with two columns of axes, each with room for a film strip and its title."
     import matplotlib.pyplot as plt
@@ -452,7 +451,7 @@ def _strip_axes(clips: Tensor, lines: int, width: float) -> tuple["Figure", np.n
     return fig, axes
 
 def _draw_strip(ax: "Axes", clip: Tensor, title: str, colour: str = "black") -> None:
-    ax.imshow(film_strip(rearrange(clip.cpu().numpy(), "t c h w -> t h w c"), count=len(clip)))
+    strip(ax, clip.cpu())
     ax.set_title(title, loc="left", fontsize=9, pad=2, color=colour)
 
 def _query_title(name: str, guess: str | None) -> tuple[str, str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Groups', 'LIMIT', 'FEW', 'MANY', 'RANGES', 'GREY', 'PAPER', 'WIDTH', 'MARGIN', 'GAP', 'LINES', 'STYLE', 'PAGE',
            'BODY', 'SECTION', 'FIGURE', 'ROWS', 'ABSENT', 'VIEWS', 'left_out', 'Section', 'Sheet', 'SheetWarning',
-           'plan', 'readable', 'shorten', 'line', 'stack', 'side_by_side', 'strip', 'contact_sheet', 'write_sheet']
+           'plan', 'readable', 'shorten', 'line', 'in_a_column', 'in_a_row', 'strip', 'contact_sheet', 'write_sheet']
 
 # %% ../../nbs/10_data/12_sheets.ipynb #94b18544
 import base64, functools, io, math, re, textwrap, warnings
@@ -90,7 +90,7 @@ def _share(sizes: Sequence[int], wanted: int, limit: int) -> int:
     while share < min(wanted, max(sizes)) and sum(min(share + 1, size) for size in sizes) <= limit: share += 1
     return share
 
-# %% ../../nbs/10_data/12_sheets.ipynb #95ecabd8
+# %% ../../nbs/10_data/12_sheets.ipynb #03e39e39
 @dataclass(frozen=True, eq=False)
 class Sheet:
     "What a contact sheet shows."
@@ -119,9 +119,9 @@ class Sheet:
         width = max(640, *(picture.width for picture in strips))
         parts = [self._head(width)]
         for section, picture in zip(self.sections, strips):
-            parts.append(stack([_heading(section.name, section.facts, width), picture], gap=6))
+            parts.append(in_a_column([_heading(section.name, section.facts, width), picture], gap=6))
         if len(self.absent): parts.append(_absent_picture(self.absent, width))
-        return _with_margin(stack(parts, gap=22))
+        return _with_margin(in_a_column(parts, gap=22))
 
     def _captioned_strips(self, section: Section) -> list[Image.Image]:
         return [_captioned(strip(self.store, row, self.frames, self.height), *_label(self.store, row)) for row in section.rows]
@@ -130,7 +130,7 @@ class Sheet:
         "Draw the title and the notes."
         title = line(self.title, width, size=20, bold=True)
         texts = [part for note in self.notes() for part in textwrap.wrap(readable(note), width // 7)]
-        return stack([title, *(line(text, width, colour=GREY) for text in texts)], gap=4)
+        return in_a_column([title, *(line(text, width, colour=GREY) for text in texts)], gap=4)
 
     def _section_html(self, k: int) -> str:
         section = self.sections[k]
@@ -242,7 +242,7 @@ def shorten(text: str, width: float,  # pixels
         if font.getlength(short) <= width: return short
     return "…"
 
-# %% ../../nbs/10_data/12_sheets.ipynb #f258e0b8
+# %% ../../nbs/10_data/12_sheets.ipynb #6fd2e335
 @functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -258,7 +258,7 @@ def _text_width(text: str, size: int, bold: bool = False) -> int:  # pixels
     return math.ceil(_font(size, bold).getlength(readable(text)))
 
 # %% ../../nbs/10_data/12_sheets.ipynb #ae7b4b47
-def stack(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+def in_a_column(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
     "Put pictures below one another, aligned on the left."
     width = max(picture.width for picture in pictures)
     height = sum(picture.height + gap for picture in pictures) - gap
@@ -268,7 +268,7 @@ def stack(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
         top += picture.height + gap
     return canvas
 
-def side_by_side(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+def in_a_row(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
     "Put pictures next to one another, aligned at the top."
     width = sum(picture.width + gap for picture in pictures) - gap
     height = max(picture.height for picture in pictures)
@@ -290,7 +290,7 @@ def _scaled(frame: Image.Image, height: int) -> Image.Image:
 def strip(store: Store, row: int, frames: int, height: int) -> Image.Image:
     "Draw at most `frames` frames of a video, from its first to its last."
     pictures = store.frames(row, _spread_frames(store, row, frames)).movedim(1, -1).numpy()  # (T, H, W, 3)
-    return side_by_side([_scaled(Image.fromarray(picture), height) for picture in pictures], gap=2)
+    return in_a_row([_scaled(Image.fromarray(picture), height) for picture in pictures], gap=2)
 
 def _spread_frames(store: Store, row: int, count: int) -> list[int]: return spread(int(store.index.frames.iloc[row]), count).tolist()
 
@@ -306,13 +306,13 @@ def _label(store: Store, row: int) -> tuple[str, str]:
 def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
     "Draw a caption below a strip: the name on the left, the facts on the right."
     width, room = max(picture.width, 160), _text_width(facts, 12)
-    caption = side_by_side([line(name, width - room - 8), line(facts, room, colour=GREY)], gap=8)
-    return stack([picture, caption], gap=3)
+    caption = in_a_row([line(name, width - room - 8), line(facts, room, colour=GREY)], gap=8)
+    return in_a_column([picture, caption], gap=3)
 
 # %% ../../nbs/10_data/12_sheets.ipynb #c52c0b36
 WIDTH, MARGIN, GAP = 1840, 24, 16  # pixels: a sheet is not wider unless one strip is; around the sheet; between strips
 
-# %% ../../nbs/10_data/12_sheets.ipynb #bd0e9504
+# %% ../../nbs/10_data/12_sheets.ipynb #2dee08c5
 def _in_rows(pictures: Iterable[Image.Image]) -> Image.Image:
     "Put pictures in rows of at most `WIDTH` pixels, as words are put in lines."
     rows: list[list[Image.Image]] = [[]]
@@ -320,7 +320,7 @@ def _in_rows(pictures: Iterable[Image.Image]) -> Image.Image:
         taken = sum(other.width + GAP for other in rows[-1])
         if rows[-1] and taken + picture.width > WIDTH: rows.append([])
         rows[-1].append(picture)
-    return stack([side_by_side(row, GAP) for row in rows], gap=10)
+    return in_a_column([in_a_row(row, GAP) for row in rows], gap=10)
 
 def _with_margin(picture: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 2 * MARGIN), PAPER)
@@ -333,7 +333,7 @@ LINES = 20  # of the list of what is left out, in the picture
 def _heading(name: str, facts: str, width: int) -> Image.Image:
     room = _text_width(facts, 15)
     name_width = min(_text_width(name, 15, bold=True), width - room - 12)
-    return side_by_side([line(name, name_width, size=15, bold=True), line(facts, room, size=15, colour=GREY)], gap=12)
+    return in_a_row([line(name, name_width, size=15, bold=True), line(facts, room, size=15, colour=GREY)], gap=12)
 
 def _absent_picture(absent: pd.DataFrame, width: int) -> Image.Image:
     "Draw the list of the videos that are left out, one a line."
@@ -341,7 +341,7 @@ def _absent_picture(absent: pd.DataFrame, width: int) -> Image.Image:
     parts += [line(f"{row.video} ({row.split}): {row.reason}", width) for row in absent.head(LINES).itertuples()]
     more = len(absent) - LINES
     if more > 0: parts.append(line(f"… and {more:,} more: see quarantine.csv and missing.csv in the store's folder", width, colour=GREY))
-    return stack(parts, gap=2)
+    return in_a_column(parts, gap=2)
 
 # %% ../../nbs/10_data/12_sheets.ipynb #3f20d0b7
 def contact_sheet(store: Store,
@@ -403,7 +403,7 @@ th, td {text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px so
 th, td {overflow-wrap: anywhere}
 """
 
-# %% ../../nbs/10_data/12_sheets.ipynb #8dd042c4
+# %% ../../nbs/10_data/12_sheets.ipynb #d24cbbbc
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -437,7 +437,7 @@ def _figure_html(store: Store, row: int, frames: int, height: int) -> str:
     pictures = "".join(f'<img alt="{alt}" src="{uri}">' for alt, uri in zip(alts, uris))
     return FIGURE.format(frames=len(uris), still=len(uris) // 2, pictures=pictures, name=name, facts=facts)
 
-# %% ../../nbs/10_data/12_sheets.ipynb #52a7d97e
+# %% ../../nbs/10_data/12_sheets.ipynb #2d137836
 ROWS = 1000  # of the table of what is left out, on the page
 
 ABSENT = """<section id="absent"><h2>Not in the store <small>{count}</small></h2>

@@ -66,7 +66,7 @@ def decoders() -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == os.getpid() and b"fsar.data.decoding" in (entry / "cmdline").read_bytes():
+            if parent == os.getpid() and b"fsar.core.helper" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -248,7 +248,7 @@ def test_killed_anywhere_and_resumed_is_the_same(tmp_path):
     timed = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "timed"))
     timed.start(); timed.join()
     longest, delays, kills = 0.9 * (time.monotonic() - started), random.Random(0), 0  # moments within a run, however fast the machine is
-    for attempt in range(150):
+    for _ in range(150):
         process = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "out"))
         process.start()
         process.join(delays.uniform(0, longest) if kills < 10 else 60)
@@ -327,7 +327,7 @@ def test_copied_data_set_is_the_same_and_a_changed_one_is_not(tmp_path):
 
 def test_nothing_is_written_beside_the_videos(tmp_path):
     root = make_videos(tmp_path / "in")
-    look = lambda: {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
+    def look(): return {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
     before = look()
     prepare(manifest_of(root), tmp_path / "out", **SETTINGS)
     assert look() == before
@@ -412,7 +412,7 @@ def test_full_disk(videos, tmp_path, store):
     assert prepare(manifest_of(videos), tmp_path / "out", **SETTINGS).hash == store.hash  # with room again, it goes on
 
 
-# brought in step with a list or files that change
+# updated when the list or the files change
 
 def entries(store: Store) -> dict[bytes, bytes]:
     with fsar.data.store.open_frames(str(store.path / "frames.lmdb")).begin() as transaction:
