@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # figures are for people: rendering and reading videos must n
     from matplotlib.figure import Figure
 
 # %% ../../nbs/10_data/05_pictures.ipynb #7d17ec76
-INK, MUTED, ACCENT, SECOND = "#222222", "#888888", "#0173b2", "#de8f05"  # text, background, what a figure is about, what it is compared with
+INK, MUTED = "#222222", "#888888"  # text; what stays in the background
+ACCENT, SECOND = "#0173b2", "#de8f05"  # what a figure is about; what it is compared with
 
 # %% ../../nbs/10_data/05_pictures.ipynb #aed4bc08
 def side_by_side(frames: np.ndarray,  # uint8 (T, H, W, 3)

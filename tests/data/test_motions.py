@@ -11,10 +11,10 @@ import pytest
 
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, sha256_arrays, sha256_file
-from fsar.data.motions import BACKGROUNDS, CLASSES, PRESETS, MotionsConfig, contact_sheet, film, pairs, render, render_dataset, schedule, split_classes, value_noise, videos
+from fsar.data.motions import BACKGROUNDS, CLASSES, PRESETS, MotionsConfig, clip, contact_sheet, film, pairs, render, render_dataset, schedule, split_classes, value_noise, videos
 from fsar.data.drawing import Draws, cos_sin
-from fsar.data.pictures import film_strip
-from fsar.data.video import decode_all
+from fsar.data.pictures import film_strip, picture_rows, side_by_side, strip
+from fsar.data.video import decode_all, segment_indices
 
 MINI = PRESETS["motions-mini"]
 TINY = replace(MINI, name="tiny", size=32, frames=8, videos_per_class=2, classes=("rise", "fall", "orbit_clockwise"))
@@ -141,7 +141,7 @@ def test_cosine_and_sine():
 
 
 def test_draws_are_uniform():
-    x = Draws(0).uniform(-1, 3, 20000)
+    x = Draws(0).uniforms(20000, -1, 3)
     assert x.min() >= -1 and x.max() < 3 and abs(x.mean() - 1) < 0.05
     assert {Draws(k).choice("abc") for k in range(50)} == set("abc")
 
@@ -323,3 +323,26 @@ def test_strip_and_sheet():
     assert film_strip(render("rise", 0), 4, gap=0).shape == (80, 320, 3)
     titles = [a.get_title(loc="left") for a in contact_sheet(("rise", "fall")).axes]
     assert titles[:2] == ["rise (train)", "fall (train)"]
+
+
+def test_a_clip_is_the_video_as_a_model_reads_it():
+    late = replace(MINI, misalignment=1.0)
+    for frames, config in ((8, MINI), (16, late)):
+        video, read = render("rise", 3, config), clip("rise", 3, frames, config)
+        assert read.shape == (frames, 3, 80, 80) and str(read.dtype) == "torch.uint8"
+        assert (read.permute(0, 2, 3, 1).numpy() == video[segment_indices(24, frames)]).all()
+
+
+def test_a_strip_shows_every_frame_and_marks_those_asked_for():
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots()
+    frames = clip("rise", 0)
+    strip(axes, frames, "rise", marks=(2, 5))
+    picture = axes.images[0].get_array()
+    assert (picture == side_by_side(frames.permute(0, 2, 3, 1).numpy())).all() and axes.get_title(loc="left") == "rise"
+    assert [p.get_x() for p in axes.patches] == [2 * 82, 5 * 82] and {(p.get_width(), p.get_height()) for p in axes.patches} == {(79, 79)}
+    strip(axes, frames.float() * 1.5)  # what resampling has left: out of range, and no integers
+    assert axes.images[1].get_array().max() == 255
+    plt.close(figure)
+    rows = picture_rows([film_strip(render("rise", k)) for k in range(2)], ["first"])
+    assert len(rows.axes) == 2 and [a.get_title(loc="left") for a in rows.axes] == ["first", ""]
