@@ -28,7 +28,7 @@ ENDINGS = (".zip", ".rar", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz
 ACCEPTED = "zip, tar (plain, gzip, bzip2 or xz) and rar are unpacked"
 
 def archive_kind(path: str | Path) -> str | None:
-    "Return zip, rar, tar, gz, bz2, xz (compressed tars), 7-Zip or Zstandard (which we do not unpack); None for other files."
+    "Return zip, rar, tar, gz, bz2 or xz (compressed tars), 7-Zip or Zstandard (not unpacked); None for other files."
     with open(path, "rb") as file: start = file.read(tarfile.BLOCKSIZE)
     for magic, kind in MAGIC.items():
         if start.startswith(magic): return kind
@@ -206,7 +206,7 @@ class _Stream:
             raise FsarError(f"{label} ends without its end mark: it is damaged or cut short, or a part is missing")
         while rest := self.read(PIECE):
             if not rest.strip(b"\0"): continue
-            raise FsarError(f"{label} continues after its end mark: only one archive, or its parts in order, can be read as one")
+            raise FsarError(f"{label} continues after its end mark: give one archive, or the parts of one in their order")
 
 # %% ../../nbs/10_data/03_archives.ipynb #698321ee
 def _limit(archive: Archive) -> int:
@@ -311,7 +311,8 @@ class _Section:
         while self.read(PIECE): pass
 
 # %% ../../nbs/10_data/03_archives.ipynb #421ab03a
-def _from_tool(archive: Archive, headers: list[rarfile.RarInfo], members: list[Member], wanted: Collection[int]) -> Walk:
+def _from_tool(archive: Archive, headers: list[rarfile.RarInfo], members: list[Member], wanted: Collection[int]
+               ) -> Walk:
     "Yield members from one process that prints them all."
     command = rarfile.tool_setup().open_cmdline(None, str(archive.files[0].absolute()))
     command = [c for c in command if c != "--"]  # bsdtar takes it for the file's name

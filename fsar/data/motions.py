@@ -133,7 +133,7 @@ def _pass_behind(u, r, side): return [Body(x=_from_to(-0.38, 0.38, u)), Body()]
 
 @_motion("train", "one runs after another along a winding path")
 def _follow(u, r, side):
-    path = lambda way: Body(x=_from_to(-0.4, 0.4, way), y=side * 0.16 * _sine(way))
+    def path(way): return Body(x=_from_to(-0.4, 0.4, way), y=side * 0.16 * _sine(way))
     return [path(_from_to(0.4, 1, u)), path(_from_to(0, 0.6, u))]
 
 # %% ../../nbs/10_data/06_motions.ipynb #3d9ab16d
@@ -175,7 +175,8 @@ def _bounce_off(u, r, side):
     return [Body(x=0.31), Body(x=_from_to(-0.42, 0.31 - TOUCH * r, there_and_back))]
 
 @_motion("test", "one jumps over another", upright=True)
-def _jump_over(u, r, side): return [Body(y=-0.25), Body(x=side * _from_to(-0.36, 0.36, u), y=-0.25 + 0.5 * _up_and_down(u))]
+def _jump_over(u, r, side):
+    return [Body(y=-0.25), Body(x=side * _from_to(-0.36, 0.36, u), y=-0.25 + 0.5 * _up_and_down(u))]
 
 # %% ../../nbs/10_data/06_motions.ipynb #e52b86a6
 def pairs() -> tuple[tuple[str, str], ...]:

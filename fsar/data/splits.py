@@ -117,7 +117,7 @@ def _source(pattern: re.Pattern, name: str) -> str:
 # %% ../../nbs/10_data/01_splits.ipynb #40d2f9e7
 def load_split(benchmark: str,  # a key of BENCHMARKS
                split: str,      # train, val or test
-               *, train_size: int | None = None  # SSv2-Full only: 67013 (the default; TRX to MoLo) or 77500 (OTAM, TA2N)
+               *, train_size: int | None = None  # SSv2-Full: 67013 (the default; TRX to MoLo) or 77500 (OTAM, TA2N)
                ) -> Split:
     "Return one side of a public benchmark, its list checked against the published hash."
     rule = _benchmark(benchmark).source
@@ -296,7 +296,7 @@ def sources(names: Sequence[str],  # file names without extension
 # %% ../../nbs/10_data/01_splits.ipynb #672c4ba9
 def folder_manifest(root: str | Path,  # holds <class>/<video>
                     *, splits: str | Path | None = None,  # CSV class,split; default: root/splits.csv where it exists
-                    patterns: Mapping[str, str | Sequence[str]] | None = None,  # or {"train": ["letter_*"], "test": "color_*"}
+                    patterns: Mapping[str, str | Sequence[str]] | None = None,  # or {"train": "wa*", "test": ["jump"]}
                     source: str | None = None  # regex on the file name; its first group is what the clip was cut from
                     ) -> pd.DataFrame:  # columns video, path, class, split, source
     "Return the manifest of a folder of classes. Classes on no side are left out with a `SplitWarning`."
@@ -319,15 +319,16 @@ def _check_classes(root: Path, files: Mapping[str, Sequence[str]], sides: Mappin
         text = f"{root}: left out {len(unused)} of {len(files)} classes, which are in no split: {some_of(unused)}"
         warnings.warn(SplitWarning(text), stacklevel=3)
 
-# %% ../../nbs/10_data/01_splits.ipynb #bc29f943
+# %% ../../nbs/10_data/01_splits.ipynb #3550a48f
 def _sides(root: Path, classes: Sequence[str], splits: str | Path | None, patterns: Mapping | None) -> dict[str, str]:
     "Return class → split, from the one place that says so."
     if patterns and splits: raise FsarError("give splits= (a CSV file) or patterns=, not both")
     if patterns: return _sides_from_patterns(patterns, classes)
     default = root / "splits.csv"
     if splits or default.is_file(): return _sides_from_csv(Path(splits or default), classes)
+    example = f"{{'train': ['{classes[0]}*'], 'test': […]}}"
     raise FsarError(f"which classes of {root} are train, val and test? Give a CSV class,split (or write it to {default}) "
-                    f"or patterns, e.g. {{'train': ['{classes[0]}*'], 'test': […]}}. Classes: {some_of(classes)}")
+                    f"or patterns, e.g. {example}. Classes: {some_of(classes)}")
 
 # %% ../../nbs/10_data/01_splits.ipynb #845a9ee3
 _Row = tuple[str, str, str, str]  # video, path, class, split
@@ -363,7 +364,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         yield where, sorted(f for f in files if not f.startswith("."))
     if refused:
-        text = f"{len(refused)} folder(s) below {folder} cannot be read, e.g. {refused[0].filename}: {refused[0].strerror}"
+        example = f"{refused[0].filename}: {refused[0].strerror}"
+        text = f"{len(refused)} folder(s) below {folder} cannot be read, e.g. {example}"
         warnings.warn(SplitWarning(text), stacklevel=2)
 
 # %% ../../nbs/10_data/01_splits.ipynb #38d9c1c2
@@ -415,7 +417,7 @@ def _files(folder: Path) -> _Files:
 
 # %% ../../nbs/10_data/01_splits.ipynb #921ef8c6
 def _same_clip(name: str, files: _Files) -> list[str]:
-    "Return the files with the YouTube id and times of a Kinetics clip; missing times fit any, if all those files agree."
+    "Return the files with the YouTube id and times of a Kinetics clip; missing times fit any, if these files agree."
     video_id, times = _clip(name)
     stated = {path: _clip(_bare(os.path.basename(path)))[1] for path in files.clips.get(video_id, ())}
     fits = [path for path, t in stated.items() if t == times]
@@ -495,13 +497,14 @@ def benchmark_manifest(benchmark: str,           # a key of BENCHMARKS
                        videos_dir: str | Path,   # searched with all folders below it
                        *, train_size: int | None = None  # as in `load_split`
                        ) -> pd.DataFrame:  # attrs: benchmark, train_size, missing: (video, class, split, hint) of each
-    "Return the manifest of a public benchmark from the video files at hand; warn of missing videos and doubtful matches."
+    "Return the manifest of a public benchmark from your video files; warn of missing videos and doubtful matches."
     folder = Path(videos_dir).expanduser().absolute()
     sides = [load_split(benchmark, s, train_size=train_size) for s in SPLITS]
     files = _files(folder)
     found = _match(sides, files, BENCHMARKS[benchmark].clips)
     if not found.rows:
-        raise FsarError(f"no video of {benchmark} below {folder}: {_contents(files)}; its names look like {sides[0].videos[0]!r}. "
+        example = sides[0].videos[0]
+        raise FsarError(f"no video of {benchmark} below {folder}: {_contents(files)}; its names look like {example!r}. "
                         f"See: fsar data about {benchmark}")
     manifest = _manifest(found.rows, found.origin)
     manifest.attrs |= {"benchmark": benchmark, "train_size": len(sides[0]), "missing": tuple(found.missing)}

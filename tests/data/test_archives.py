@@ -639,7 +639,7 @@ def test_killed_at_any_moment_and_repeated(world):
     started = time.monotonic()
     unpack(archive, world / "whole", progress=False)
     whole, took, draw, partial = tree(world / "whole"), time.monotonic() - started, random.Random(7), 0
-    for k in range(10):
+    for _ in range(10):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(archive), str(world / "out")], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         time.sleep(draw.uniform(0, 1.2 * took))

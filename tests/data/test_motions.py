@@ -73,10 +73,10 @@ def test_a_partner_is_the_reversed_film(pair):
 def test_means_over_frames_do_not_tell_partners_apart(pair):
     "A nearest-mean classifier on mean frames stays at chance; 60 new videos a class, 4 standard errors."
     config = replace(MINI, size=24, frames=12)
-    mean = lambda name, k: np.array(render(name, k, config).mean(0).mean(-1)).reshape(6, 4, 6, 4).mean((1, 3)).ravel()
+    def mean(name, k): return np.array(render(name, k, config).mean(0).mean(-1)).reshape(6, 4, 6, 4).mean((1, 3)).ravel()
     a, b = (np.stack([mean(name, k) for k in range(120)]) for name in pair)
     centre_a, centre_b = a[:60].mean(0), b[:60].mean(0)
-    nearer_a = lambda x: ((x - centre_a) ** 2).sum(-1) < ((x - centre_b) ** 2).sum(-1)
+    def nearer_a(x): return ((x - centre_a) ** 2).sum(-1) < ((x - centre_b) ** 2).sum(-1)
     accuracy = np.concatenate([nearer_a(a[60:]), ~nearer_a(b[60:])]).mean()
     assert abs(accuracy - 0.5) < 4 * np.sqrt(0.25 / 120)
 
@@ -216,7 +216,7 @@ def test_a_shaking_camera_leaves_the_background_as_it_is():
     config = replace(TAKES, shake=0.05, background="texture", contrast=0.5, distractors=0, radius=(0.01, 0.01))
     a, b = (render("grow", k, config)[0, :, :, 0].astype(int) for k in (0, 1))
     shifts = [(y, x) for y in range(-12, 13) for x in range(-12, 13)]
-    middle = lambda picture, y=0, x=0: picture[14 + y:32 + y, 14 + x:66 + x]  # above the body
+    def middle(picture, y=0, x=0): return picture[14 + y:32 + y, 14 + x:66 + x]  # above the body
     assert min(np.abs(middle(a) - middle(b, y, x)).max() for y, x in shifts) <= 1
     other = render("grow", 3, config)[0, :, :, 0].astype(int)
     assert min(np.abs(middle(a) - middle(other, y, x)).max() for y, x in shifts) > 10
