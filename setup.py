@@ -14,6 +14,9 @@ readme = HERE / "README.md"
 carried = {"fsar.data_splits": "data_splits", "fsar.templates": "nbs/templates"}
 carried_data = {"fsar.data_splits": ["*.md", "SHA256SUMS", "*/*.csv"], "fsar.templates": ["*.ipynb", "*.csv"]}
 
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("cluster", "hub", "web", "interactive", "docs", "dev")}
+extras["dev"] = sorted({requirement for extra in extras.values() for requirement in extra})  # what the tests need: everything
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -35,7 +38,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split() + cfg["conditional_requirements"].strip().splitlines(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("cluster", "hub", "web", "interactive", "docs", "dev")},
+    extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     packages=find_packages(include=["fsar", "fsar.*"]) + list(carried),
     package_dir=carried,

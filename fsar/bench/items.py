@@ -8,7 +8,7 @@ __all__ = ['T', 'Row', 'ITEMS', 'Goal', 'spread', 'Settings', 'Item', 'item']
 # %% ../../nbs/90_bench/07_items.ipynb #4829584e
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..core.basics import Registry
@@ -49,7 +49,7 @@ class Item:
     title: str
     about: str  # on what, against what
     bound: str  # why it is not faster
-    measure: Callable[[Settings], list[Row]]
+    measure: Callable[[Settings], list[Row]] = field(compare=False)  # a notebook that runs this package's cells defines it again
     cuda: bool  # whether a GPU is measured as well
     judged: bool  # whether its rows are those of `row`; else a table of its own
 

@@ -6,13 +6,12 @@
 __all__ = ['ENGINE', 'PRODUCTS', 'VIEWS', 'GROUPS', 'ROW', 'SEGMENTS', 'training_step', 'backbone_named', 'owners', 'attributed',
            'group_of', 'profiled', 'profile_step', 'top_operators', 'segment', 'shares', 'profile_figure', 'Finding',
            'findings_table', 'channel_by_channel', 'decoder_calls', 'sped_up', 'share_of', 'convolution_calls',
-           'decoder_finding', 'tuples_made', 'slots_of', 'trx_calls', 'trx_finding', 'used_so_far', 'used_by', 'answer',
-           'answering', 'faults_in_turns', 'memory_finding', 'findings']
+           'decoder_finding', 'tuples_made', 'slots_of', 'trx_calls', 'trx_finding', 'used_so_far', 'used_by',
+           'fault_counter', 'faults_in_turns', 'memory_finding', 'findings']
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #93223aa6
-import json, math, os, re, subprocess, sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import contextlib, math, re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from ..model.base import FewShotModel
 from ..model.blocks import by_class, class_slots
 from ..model.registry import create_model
 from ..model.counting import amount, noise
-from .timing import Ratio, finish, in_turns, profiling, ratio, seconds
+from .timing import Ratio, companion, finish, in_turns, profiling, ratio, seconds
 from ..engine.optimisers import make_optimizer
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #4cf852c3
@@ -50,7 +49,7 @@ def training_step(model: FewShotModel, batch: EpisodeBatch, *, optimizer: str = 
     return step
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #2f576e7f
-@contextmanager
+@contextlib.contextmanager
 def backbone_named(model: FewShotModel) -> Iterator[None]:
     "Inside, what the backbone does stands in a range of its own."
     ranges: list[record_function] = []
@@ -310,36 +309,28 @@ def used_by(call: Callable[[], Any]) -> tuple[float, int, float]:
     before = used_so_far()
     taken = seconds(call)
     faults, system, whole = (b - a for a, b in zip(before, used_so_far()))
-    return taken, faults, system / whole if whole else 0.0
+    share = min(system / whole, 1.0) if whole else 0.0  # differences of rounded numbers: 1 may come out a little larger
+    return taken, faults, share
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #fd6d16b8
-def answer() -> None:
-    "The work of such a process: told what to train, it answers every line with the seconds and page faults of a step, the system's share of it, and whether freed memory is kept."
-    told = json.loads(input())
-    task = Task(**told["task"])
-    model = create_model(told["method"], backbone=told["backbone"], frames=task.frames, classes=64)
-    step, kept = training_step(model, noise_batch(model, task, told["size"])), keep_freed_memory()
+def fault_counter(task: Mapping[str, int], method: str, backbone: str, size: int) -> Callable[[], list[Any]]:
+    "For a companion: a call that makes one training step and returns its seconds, its page faults, the system's share of its time, and whether freed memory is kept."
+    shape = Task(**task)
+    model = create_model(method, backbone=backbone, frames=shape.frames, classes=64)
+    step = training_step(model, noise_batch(model, shape, size))
+    kept = keep_freed_memory()
     step()
-    for _ in sys.stdin:
-        print(json.dumps([*used_by(step), kept]), flush=True)
-
-@contextmanager
-def answering(keep: bool, **told: Any) -> Iterator[Callable[[], list[Any]]]:
-    "A process that answers while the context lasts: what a question gives."
-    command, env = [sys.executable, "-c", "from fsar.bench.profiles import answer; answer()"], os.environ | {"FSAR_KEEP_MEMORY": str(int(keep))}
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        def ask(line: str = "") -> list[Any]:
-            print(line, file=process.stdin, flush=True)
-            if not (found := process.stdout.readline()): raise FsarError("the process that measures page faults has ended: its message is above")
-            return json.loads(found)
-        print(json.dumps(told), file=process.stdin, flush=True)
-        try: yield ask
-        finally: process.kill()
+    return lambda: [*used_by(step), kept]
 
 # %% ../../nbs/90_bench/04_profiles.ipynb #3845e823
-def faults_in_turns(task: Task, rounds: int = 5, **told: Any) -> dict[str, pd.DataFrame]:  # (rounds, 2) each: seconds, faults, share of the system
+def _companion(keep: bool, **about: Any) -> contextlib.AbstractContextManager[Callable[[], list[Any]]]:
+    "Start a process that keeps its freed memory, or gives it back."
+    return companion("fsar.bench.profiles:fault_counter", {"FSAR_KEEP_MEMORY": str(int(keep))}, **about)
+
+def faults_in_turns(task: Task, rounds: int = 5, **about: Any) -> dict[str, pd.DataFrame]:  # (rounds, 2) each: seconds, faults, share of the system
     "A training step in a process that gives its memory back and in one that keeps it."
-    with answering(False, task=vars(task), **told) as back, answering(True, task=vars(task), **told) as kept:
+    asked = {"task": vars(task), **about}
+    with _companion(keep=False, **asked) as back, _companion(keep=True, **asked) as kept:
         found = [{"given back": back(), "kept": kept()} for _ in range(rounds + 1)][1:]
     if found[0]["given back"][3] or not found[0]["kept"][3]: raise FsarError("freed memory is kept by glibc under Linux only: there is nothing to compare here")
     return {what: pd.DataFrame([{name: row[name][i] for name in row} for row in found]) for i, what in enumerate(("seconds", "faults", "system"))}

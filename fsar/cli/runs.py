@@ -6,8 +6,9 @@
 __all__ = ['Train', 'Test', 'Report', 'Rerun', 'Import']
 
 # %% ../../nbs/99_cli/02_runs.ipynb #0d1473d8
-import contextlib, dataclasses, sys, tyro
+import dataclasses, tyro
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from .flags import TEST, Command, _spoken_warnings, grouped, options, switch, word
@@ -30,9 +31,11 @@ class Train(Command):
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments.runs import run
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return run(self.config(), overwrite=self.overwrite)
+        return run(self.config(), overwrite=self.overwrite)
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # run has said it
+    def words(self, result: dict[str, Any]) -> str:
+        if not result: return ""  # another process of a launcher makes the report
+        return f"{result['headline']}\nreport: {Path(self.config().out) / 'report.html'}"
 
 # %% ../../nbs/99_cli/02_runs.ipynb #4f2a50ac
 @dataclass(kw_only=True)
@@ -68,7 +71,7 @@ class Report(Command):
         if not self.folders: raise FsarError("name a run's output folder, or several of them with --out")
         if len(self.folders) == 1 and not self.out: return render(self.folders[0])
         if not self.out: raise FsarError("name with --out where the comparison of these runs goes")
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return compare_runs(self.folders, self.out)
+        return compare_runs(self.folders, self.out)
 
     def indexed(self) -> dict[str, Any]:
         from fsar.reports.rerun import write_index
@@ -77,7 +80,8 @@ class Report(Command):
 
     def words(self, result: dict[str, Any]) -> str:
         if "index" in result: return f"{result['index']}: {result['reports']} report{'s' * (result['reports'] > 1)}"
-        return f"{result['headline']}\nreport: {result['report']}" if "report" in result else ""
+        if "comparisons" in result: return "\n".join([*result["comparisons"], f"report: {self.out}/report.html"])
+        return f"{result['headline']}\nreport: {result['report']}"
 
 # %% ../../nbs/99_cli/02_runs.ipynb #42fd08e9
 @dataclass(kw_only=True)

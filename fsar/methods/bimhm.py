@@ -12,11 +12,13 @@ from typing import Any
 from ..backbones.base import Backbone
 from ..model.matching import bimhm
 from ..model.base import METHODS, MatchingModel
+from ..model.cost import Cost
 
 # %% ../../nbs/40_methods/bimhm.ipynb #1539bd14
 @METHODS.register("bimhm")
 class BiMHM(MatchingModel):
     "Bidirectional mean Hausdorff metric on frame features (Wang et al., CVPR 2022, §3.3)."
+    cost = Cost(score="Q·S·T²")
     variants = {"paper": {}, "released": {"sums": True, "scale": 1.0, "cosine_eps": 0.01}}
 
     def __init__(self, backbone: Backbone, *, sums: bool = False,  # sums over frames in place of means

@@ -18,6 +18,7 @@ from ..backbones.base import Backbone
 from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import class_mean
 
 Head = dict[str, Tensor]  # what is fitted, by name, each with the episode axes in front
@@ -117,6 +118,7 @@ class Finetune(FewShotModel):
     It trains a plain classifier of the base classes and knows no episodes. Built without base classes (or with class_loss=0), where there is nothing to
     classify, it trains on the episode's loss of the classifier as it is before fitting. In training mode `score` does not fit.
     """
+    cost = Cost(score="Q·N + S·N")
     relational = True
 
     def __init__(self, backbone: Backbone, *, head: Literal["cosine", "linear"] = "cosine",

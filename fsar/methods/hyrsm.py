@@ -21,6 +21,7 @@ from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.matching import bimhm, frame_similarity, otam
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import POSITIONS, Attention, class_mean, class_weights
 
 # %% ../../nbs/40_methods/hyrsm.ipynb #b0ecb361
@@ -129,6 +130,7 @@ NAMES = {r"temporal_atte_before\.norm\.": "within.attention.norm.", r"temporal_a
 @METHODS.register("hyrsm")
 class HyRSM(FewShotModel):
     "Hybrid relation guided set matching (Wang et al., CVPR 2022)."
+    cost = Cost(embed="T²", score="Q·S·T² + Q·S²")
     variants = {"paper": {}, "released": RELEASED}
     relational = True
     released_layout = (*numbered_resnet(r"(?:head\.)?backbone\."), *((rf"(?:head\.)?{theirs}", ours) for theirs, ours in NAMES.items()))

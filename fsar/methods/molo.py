@@ -21,6 +21,7 @@ from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.matching import bimhm, frame_similarity, otam
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import POSITIONS, Attention, class_mean, class_to_query
 
 # %% ../../nbs/40_methods/molo.ipynb #1ecd830e
@@ -131,6 +132,7 @@ RELEASED = {"sums": True, "scale": 1.0, "cosine_eps": 0.01, "contrast": "prototy
 @METHODS.register("molo")
 class MoLo(FewShotModel):
     "Motion-augmented long-short contrastive learning (Wang et al., CVPR 2023)."
+    cost = Cost(embed="T²", score="Q·N·T²", learn="Q²")
     variants = {"paper": {}, "released": RELEASED}
     released_layout = LAYOUT
 

@@ -13,11 +13,13 @@ from typing import Any
 from ..backbones.base import Backbone
 from ..model.matching import otam
 from ..model.base import METHODS, MatchingModel
+from ..model.cost import Cost
 
 # %% ../../nbs/40_methods/otam.ipynb #e08ee960
 @METHODS.register("otam")
 class OTAM(MatchingModel):
     "Soft ordered alignment of frames (Cao et al., CVPR 2020, §3.3)."
+    cost = Cost(score="Q·S·T²")
     variants = {"paper": {}, "released": {"cosine_eps": 0.01}}
 
     def __init__(self, backbone: Backbone, *, lam: float = 0.1,  # λ, temperature of the soft minimum

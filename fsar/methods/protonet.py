@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 from ..backbones.base import Backbone
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import class_mean
 
 # %% ../../nbs/40_methods/protonet.ipynb #f1ed1e98
 @METHODS.register("protonet")
 class ProtoNet(FewShotModel):
     "Nearest class prototype of mean-pooled frame features (Snell et al., NeurIPS 2017, §2)."
+    cost = Cost(score="Q·N")
 
     def __init__(self, backbone: Backbone, *, distance: Literal["cosine", "euclidean"] = "cosine",
                  scale: float = 10.0,  # s: logits = s · cosine, or −s/10 · squared distance

@@ -20,6 +20,7 @@ from ..data.episodes import EpisodeBatch
 from ..model.matching import frame_similarity
 from .trx import HEADS_LAYOUT, RESNET_LAYOUT, Positions, TupleAttention, add_slots, project_slots
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import by_class, class_slots
 
 # %% ../../nbs/40_methods/strm.ipynb #da5875ca
@@ -115,6 +116,7 @@ RELEASED = {"gate": True, "scaled": False, "similarity": "euclidean", "query_cla
 @METHODS.register("strm")
 class STRM(FewShotModel):
     "Spatio-temporal relation modelling (Thatipelli et al., CVPR 2022)."
+    cost = Cost(embed="T²", score="Q·S·P₂²·2d", learn="Q·S·P₂²·z", constants={"d": 1152, "z": 1024})
     variants = {"paper": {}, "released": RELEASED}
     released_layout = RESNET_LAYOUT + STRM_LAYOUT + HEADS_LAYOUT
     released_lacks = (*FewShotModel.released_lacks, r"query_class\.weight")  # W_cls, which the authors' code does not save; nor a class-label classifier

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..backbones.base import Backbone
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import class_mean, class_weights, interpolation
 
 # %% ../../nbs/40_methods/ta2n.ipynb #19686375
@@ -123,6 +124,7 @@ def places(h: int, w: int, like: Tensor) -> Tensor:  # (2, h, w)
 @METHODS.register("ta2n")
 class TA2N(FewShotModel):
     "Two-stage action alignment network (Li et al., AAAI 2022)."
+    cost = Cost(embed="T²", score="Q·S·T²")
     variants = {"paper": {}}
 
     def __init__(self, backbone: Backbone, *, transform: bool = True,  # resample every video where its action is

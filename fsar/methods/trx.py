@@ -21,6 +21,7 @@ from ..backbones.base import Backbone, numbered_resnet
 from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
 from ..model.base import METHODS, Embedding, FewShotModel, widened
+from ..model.cost import Cost
 from ..model.blocks import by_class, class_slots, sinusoids
 
 # %% ../../nbs/40_methods/trx.ipynb #e3f72596
@@ -173,6 +174,7 @@ HEADS_LAYOUT = ((r"^transformers\.\d+\.(norm_v|pe)\..*|^transformers\.\d+\.v_lin
 @METHODS.register("trx")
 class TRX(FewShotModel):
     "Temporal-relational CrossTransformers (Perrett et al., CVPR 2021)."
+    cost = Cost(embed="P₂ + P₃", score="Q·S·P₂²·2d + Q·S·P₃²·2d", constants={"d": 1152})
     variants = {"paper": {}, "released": {"loss_sum": True, "class_loss": 0.0, "pixels": "unit"}}
     released_layout = RESNET_LAYOUT + HEADS_LAYOUT  # a checkpoint holds all of ours but a class-label classifier
 

@@ -18,6 +18,7 @@ from ..data.episodes import EpisodeBatch
 from .sampler import SampledModel
 from .ta2n import TA2N
 from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.cost import Cost
 from ..model.blocks import class_to_query
 from ..model.registry import keywords_of
 
@@ -33,6 +34,7 @@ def info_nce(a: Tensor, b: Tensor,  # (V, d) both: row i of one belongs to row i
 @METHODS.register("vim")
 class VIM(SampledModel):
     "The task-adaptive sampler in front of TA2N's alignment, with optional mutual-information terms (Liu et al., 2023)."
+    cost = Cost(score="Q·S·T²", learn="S·T³ + Q·T³")
     parts = (TA2N,)
 
     def __init__(self, backbone: Backbone, *, intra: float = 0.0,  # weight of the intra-video term

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FILLS', 'TITLE', 'NOTE', 'PADDING', 'Way', 'KINDS', 'MARGIN', 'LEGEND', 'Box', 'data', 'learned', 'fixed',
            'in_training', 'text_width', 'box_size', 'Place', 'read_rows', 'place_boxes', 'straight_ways', 'bent_ways',
-           'crosses', 'find_way', 'read_arrow', 'draw_box', 'draw_arrow', 'legend_boxes', 'draw_legend', 'diagram']
+           'crosses', 'find_way', 'read_arrow', 'draw_box', 'draw_arrow', 'legend_boxes', 'draw_legend', 'check_names',
+           'extent', 'diagram']
 
 # %% ../../nbs/30_model/05_diagram.ipynb #39aae5c1
 from collections.abc import Sequence
@@ -83,7 +84,8 @@ def read_rows(rows: Sequence[str]  # such as ["a b", "a ."]
     "Return which cells each name fills; raise FsarError for rows of different lengths."
     grid = [row.split() for row in rows]
     if len({len(row) for row in grid}) > 1:
-        raise FsarError(f"all rows of a diagram need the same number of names, got {[len(row) for row in grid]}; write a dot for an empty place")
+        raise FsarError(f"all rows of a diagram need the same number of names, got {[len(row) for row in grid]}; "
+                        "write a dot for an empty place")
     cells: dict[str, list[tuple[int, int]]] = {}
     for y, row in enumerate(grid):
         for x, name in enumerate(row):
@@ -168,9 +170,11 @@ def read_arrow(text: str, boxes: dict[str, Box]) -> list[tuple[str, str, str]]: 
 # %% ../../nbs/30_model/05_diagram.ipynb #05b1d13f
 def draw_box(ax: Axes, box: Box, place: Place) -> None:
     "Draw one box with its text."
-    border = dict(edgecolor=SECOND, linestyle="--", linewidth=1.3) if box.training else dict(edgecolor=ACCENT if box.kind == "learned" else MUTED, linewidth=1.0)
-    width, height = place.right - place.left, place.bottom - place.top
-    ax.add_patch(FancyBboxPatch((place.left, place.top), width, height, boxstyle="round,pad=0,rounding_size=3", facecolor=FILLS[box.kind], **border))
+    colour = ACCENT if box.kind == "learned" else MUTED
+    patch = FancyBboxPatch((place.left, place.top), place.right - place.left, place.bottom - place.top,
+                           boxstyle="round,pad=0,rounding_size=3", facecolor=FILLS[box.kind], edgecolor=colour, linewidth=1.0)
+    if box.training: patch.set(edgecolor=SECOND, linestyle="--", linewidth=1.3)
+    ax.add_patch(patch)
     _, needed = box_size(box)
     y = place.y - needed / 2 + PADDING
     for text, size, colour in ((box.title, TITLE, INK), (box.note, NOTE, "#555555")):
@@ -183,7 +187,8 @@ def draw_arrow(ax: Axes, way: Way, label: str = "", training: bool = False) -> N
     "Draw one arrow along its way, with its label above the longest line."
     colour, dashes = (SECOND, "--") if training else (INK, "-")
     ax.plot(*zip(*way), color=colour, linestyle=dashes, linewidth=1.0, solid_joinstyle="round")
-    ax.annotate("", way[-1], way[-2], arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=1.0, shrinkA=0, shrinkB=0, mutation_scale=9, linestyle="none"))
+    head = dict(arrowstyle="-|>", mutation_scale=9, color=colour, linestyle="none", shrinkA=0, shrinkB=0)
+    ax.annotate("", way[-1], way[-2], arrowprops=head)
     (x0, y0), (x1, y1) = max(zip(way, way[1:]), key=lambda line: abs(line[0][0] - line[1][0]))
     if label: ax.text((x0 + x1) / 2, (y0 + y1) / 2 - 3, label, size=NOTE, color=colour, ha="center", va="bottom")
 
@@ -207,24 +212,35 @@ def draw_legend(ax: Axes, boxes: Sequence[Box], top: float) -> None:
 # %% ../../nbs/30_model/05_diagram.ipynb #37ce48c2
 MARGIN, LEGEND = 6, 24  # around the drawing; height of the legend
 
+def check_names(rows: Sequence[str], boxes: dict[str, Box]) -> None:
+    "Raise FsarError for a place without a box or a box without a place."
+    alone = sorted(set(read_rows(rows)) ^ set(boxes))
+    if alone: raise FsarError(f"a diagram needs a place and a box for every name, one is missing for: {', '.join(alone)}")
+
+def extent(places: Sequence[Place], ways: Sequence[Way]) -> Place:
+    "Return the rectangle that holds all boxes and arrows, with a margin and room for the legend."
+    xs = [x for p in places for x in (p.left, p.right)] + [x for way in ways for x, _ in way]
+    ys = [y for p in places for y in (p.top, p.bottom)] + [y for way in ways for _, y in way]
+    return Place(min(xs) - MARGIN, min(ys) - MARGIN, max(xs) + MARGIN, max(ys) + MARGIN + LEGEND)
+
+# %% ../../nbs/30_model/05_diagram.ipynb #66b54d49
 def diagram(rows: Sequence[str],  # names of boxes, with spaces between; a dot is an empty place
             arrows: Sequence[str],  # such as "a -> b -> c" or "a -> b: label"
             *, gap: tuple[float, float] = (26, 16),  # between columns, between rows, in points
             dpi: int = 120,
             **boxes: Box) -> Figure:
     "Draw boxes and arrows; raise FsarError for a name without a box, or a box without a place."
-    named = set(read_rows(rows))
-    if wrong := sorted(named ^ set(boxes)): raise FsarError(f"a diagram needs a place and a box for every name, one is missing for: {', '.join(wrong)}")
+    check_names(rows, boxes)
     places = place_boxes(rows, boxes, gap)
     links = [link for arrow in arrows for link in read_arrow(arrow, boxes)]
     ways = [find_way(start, end, places, gap) for start, end, _ in links]
-    xs, ys = [x for p in places.values() for x in (p.left, p.right)], [y for p in places.values() for y in (p.top, p.bottom)]
-    xs, ys = xs + [x for way in ways for x, _ in way], ys + [y for way in ways for _, y in way]
-    left, right, top, bottom = min(xs) - MARGIN, max(xs) + MARGIN, min(ys) - MARGIN, max(ys) + MARGIN + LEGEND
-    figure = plt.figure(figsize=((right - left) / 72, (bottom - top) / 72), dpi=dpi)
-    ax = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
+    area = extent(list(places.values()), ways)
+    figure = plt.figure(figsize=((area.right - area.left) / 72, (area.bottom - area.top) / 72), dpi=dpi)
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(area.left, area.right), ylim=(area.bottom, area.top))
     ax.set_axis_off()
-    for (start, end, label), way in zip(links, ways): draw_arrow(ax, way, label, boxes[start].training or boxes[end].training)
+    for (start, end, label), way in zip(links, ways):
+        draw_arrow(ax, way, label, boxes[start].training or boxes[end].training)
     for name, place in places.items(): draw_box(ax, boxes[name], place)
-    draw_legend(ax, list(boxes.values()), bottom - LEGEND + 4)
+    draw_legend(ax, list(boxes.values()), area.bottom - LEGEND + 4)
+    plt.close(figure)  # so that a cell that ends with it shows it once
     return figure

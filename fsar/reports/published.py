@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.basics import FsarError, nearest
 from ..core.files import resource
 from ..model.base import METHODS, SAMPLERS, FewShotModel
-from ..model.registry import keywords_of, load_methods, method_options, parse_options
+from ..model.registry import keywords_of, method_options, parse_options
 from ..data.splits import BENCHMARKS, benchmark_name, load_split
 
 # %% ../../nbs/60_reports/03_published.ipynb #30f3a6fb
@@ -50,7 +50,6 @@ def published(benchmark: str | None = None, method: str | None = None, *, table:
     found = _tables()
     if benchmark: found = found[found["benchmark"].isin(_same_title(benchmark))]
     if method:
-        load_methods()
         if method not in METHODS: raise FsarError(f"unknown method {method!r}.{nearest(method, METHODS)} Known: {', '.join(sorted(METHODS))}")
         name, sampler = ALIASES.get(method, (method, None))
         found = found[(found["method"] == name) & (found["sampler"].eq(sampler) if sampler else True)]

@@ -1,11 +1,8 @@
 "The benchmark: references equal the library in float64, every item works at a small size, a wrong result is never timed, a report by the command line, resumed, refused and made again."
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -161,57 +158,6 @@ def test_the_table_tells_rates_ratios_and_equality():
     drawn = report.panels(rows)
     assert [(r["unit"], s["median"], goal) for part in drawn.values() for r, s, goal in part] == [("episodes/s", 5, None), ("times as fast", 12, 10)]
     assert report.panels(rows, quick=True)["times as fast, fewer or less than the reference"][1][2] is None
-
-
-# companions
-
-TOY = """
-import os, signal, subprocess, sys, time
-from fsar.bench.timing import companion
-
-def nested(folder):
-    def call():
-        with companion("toy:resting", folder=folder) as inner: inner()
-    return call
-
-def resting(folder):
-    def call():
-        open(os.path.join(folder, str(os.getpid())), "w").close()
-        time.sleep(60)
-    return call
-
-def talking(): return lambda: print("noise on standard output") or {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS"), "own": os.environ.get("TOY")}
-def dying(): return lambda: os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.fixture()
-def toys(tmp_path):
-    (tmp_path / "toy.py").write_text(TOY)
-    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-
-
-def test_a_companion_answers_whatever_is_printed(toys):
-    with timing.companion("toy:talking", toys | {"TOY": "1"}) as call:
-        first, second = call(), call()
-        assert first == second and first["pid"] != os.getpid() and first["own"] == "1" and first["threads"] == os.environ.get("OMP_NUM_THREADS")
-    with pytest.raises(ProcessLookupError): os.kill(first["pid"], 0)
-
-
-def test_a_companion_that_dies_is_an_error(toys):
-    with pytest.raises(FsarError, match="toy:dying ended with code -9: it said nothing"), timing.companion("toy:dying", toys) as call: call()
-    with pytest.raises(FsarError, match="nowhere:at_all ended with code 1: ModuleNotFoundError"), timing.companion("nowhere:at_all", toys) as call: call()
-
-
-def test_ctrl_c_ends_companions_of_companions(toys, tmp_path):
-    program = f"from fsar.bench.timing import companion\nwith companion('toy:nested', folder={str(tmp_path / 'pids')!r}) as call: call()"
-    (tmp_path / "pids").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **toys}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (found := os.listdir(tmp_path / "pids")) and time.monotonic() < deadline: time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert b"KeyboardInterrupt" in process.communicate(timeout=30)[1]
-    with pytest.raises(ProcessLookupError): os.kill(int(found[0]), 0)
 
 
 # the report

@@ -20,7 +20,7 @@ from fsar.engine.training import batches_from, train, training_settings
 from fsar.engine.devices import choose_precision
 from fsar.engine.run import prepare_run
 from test_methods import batch, forms, make
-from test_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
+from toy_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
 
 backbones = pytest.mark.parametrize("name", sorted(BACKBONES))
 

@@ -20,11 +20,10 @@ from fsar.cli import main as cli
 from fsar.backbones.base import BACKBONES, Backbone, read_weights
 from fsar.engine.checkpoints import load_model, save_model
 from fsar.core.basics import FsarError, torch_seed
-from fsar.engine.importers import IncompleteImport, fill_released, import_checkpoint, placed
+from fsar.engine.importers import IncompleteImport, fill_released, import_checkpoint, match_entries
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
-load_methods()
 CLASSES = 7  # of the class-label head, where there is one
 C = 64  # channels of the backbones below
 
@@ -282,7 +281,7 @@ def test_molo_at_its_own_size_has_the_89_6_million_parameters():
         theirs = {f"head.backbone.{name}": t for name, t in nn.Sequential(*list(models.resnet50().children())[:-2]).state_dict().items()}
         theirs |= {name: torch.empty(shape) for name, shape in molo_shapes(2048, 64).items()}
     own = model.state_dict()
-    mapped, unused = placed(theirs, own, METHODS["molo"].released_layout)
+    mapped, unused = match_entries(theirs, own, METHODS["molo"].released_layout)
     assert set(mapped.values()) == set(own) and len(mapped) == len(theirs) and not unused
     squeezed = lambda t: [n for n in t.shape if n > 1]
     assert all(squeezed(theirs[name]) == squeezed(own[ours]) for name, ours in mapped.items())
@@ -390,7 +389,7 @@ def test_two_names_for_one_place(sources, tmp_path):
 @methods
 def test_a_file_without_a_backbone(method, tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "a.pth")
-    assert f"is no checkpoint of '{method}' as its authors' code writes it: none of its 122 entries belongs to the backbone 'thin'" in refused(tmp_path / "a.pth", method=method)
+    assert f"is not a checkpoint of '{method}' as its authors' code writes it: none of its 122 entries belongs to the backbone 'thin'" in refused(tmp_path / "a.pth", method=method)
     torch.save({}, tmp_path / "b.pth")
     assert "none of its 0 entries" in refused(tmp_path / "b.pth", method=method)
 

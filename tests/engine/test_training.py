@@ -16,82 +16,24 @@ import pytest
 import torch
 from torch import nn
 
-from fsar.backbones.base import Backbone
 from fsar.engine.checkpoints import CheckpointWarning, load_model, verified_record
-from fsar.core.config import Config
-from fsar.core.basics import FsarError, generator, torch_seed
-from fsar.core.files import sha256_file
-from fsar.data.episodes import EpisodeBatch
+from fsar.core.basics import FsarError, generator
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
-from fsar.engine.training import _check_settings, is_due, run_step, train
+from fsar.model.registry import create_model
+from fsar.engine.training import _check_settings, is_due, run_step
 from fsar.engine.optimisers import SCHEDULES, learning_rate, make_optimizer
 from fsar.engine.journal import MetricsLog
 from fsar.engine.devices import choose_device
 from fsar.engine.run import prepare_run
 
-from test_checkpoints import small_disk
-
-METHOD_NAMES = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
-CLASSES = 6
-
-
-class Episodes:
-    "Item i is a function of i: classes are grey levels that rise or fall over time, with noise."
-
-    def __init__(self, frames=2, size=8, ways=3, queries=2): self.frames, self.size, self.ways, self.queries = frames, size, ways, queries
-
-    def __getitem__(self, index):
-        rng = generator(5, index)
-        classes = rng.permutation(CLASSES)[:self.ways]
-        labels = torch.arange(self.ways)
-        query_labels = labels.repeat_interleave(self.queries)
-        clip = lambda c: torch.from_numpy((40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
-                                           + rng.normal(0, 120, (self.frames, 3, self.size, self.size))).clip(0, 255).astype("uint8"))
-        return EpisodeBatch(torch.stack([clip(classes[y]) for y in labels]), labels, torch.stack([clip(classes[y]) for y in query_labels]), query_labels,
-                            torch.from_numpy(classes), index)
-
-
-def tiny(seed=0):
-    "A model of a few hundred weights, with batch normalisation and dropout: enough to be wrong about."
-    with torch_seed(seed):
-        body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Conv2d(8, 8, 3, 1, 1))
-        model = METHODS["protonet"](Backbone(body, 8), frames=2, classes=CLASSES)
-    model.config = {"method": "protonet", "backbone": "tiny of the tests"}
-    return model
-
-
-def settings(**changes):
-    return Config(**{**dict(method="protonet", frames=2, size=8, short_side=8, ways=3, queries=2, episodes=24, tasks_per_step=2, lr=5e-3, validate_every=8,
-                            precision="fp32", device="cpu"), **changes})
-
-
-def accuracy(model):
-    "Validation on three fixed episodes; all that training asks of a result is these two numbers."
-    model.eval()
-    with torch.no_grad(): right = torch.cat([(model(e).logits.argmax(-1) == e.query_labels).float() for e in map(Episodes().__getitem__, (1001, 1002, 1003))])
-    model.train()
-    return SimpleNamespace(accuracy=right.mean().item(), ci95=right.std().item())
-
-
-def run(out, config=settings(), model=None, episodes=None, validate=accuracy, **kwargs):
-    return train(config, model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
-
-
-def weights(out, name="last"): return sha256_file(Path(out) / name / "model.safetensors")
-
+from disks import small_disk
+from toy_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, ctrl_c, run, settings, tiny, weights
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     "An undisturbed training."
     out = tmp_path_factory.mktemp("reference")
     return out, run(out)
-
-
-def ctrl_c(*steps):
-    def on_step(step, row):
-        if step in steps: signal.raise_signal(signal.SIGINT)
-    return on_step
 
 
 # ---- the pieces
@@ -376,14 +318,6 @@ def test_two_damaged_states_stop(tmp_path):
 
 # ---- what goes wrong
 
-class Poisoned(Episodes):
-    "Episode 9 holds pixels that are not numbers."
-    def __getitem__(self, index):
-        episode = super().__getitem__(index)
-        if index == 9: episode.query, episode.support = episode.query / torch.tensor(0.0), episode.support / 255
-        return episode
-
-
 def test_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "sound", on_step=ctrl_c(4), save_seconds=0, validate=None)
     with pytest.raises(FsarError, match=r"training stopped at step 4: not finite in episode 9 \(loss = nan, loss_episode = nan") as caught:
@@ -441,5 +375,5 @@ def test_a_file_where_the_output_should_be(tmp_path):
 # ---- several processes (more: test_processes.py)
 
 def test_processes_must_share_evenly():
-    from fsar.engine.run import _check_processes
-    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_processes(settings(tasks_per_step=4), 3)
+    from fsar.engine.run import _check_even_shares
+    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_even_shares(settings(tasks_per_step=4), 3)

@@ -7,11 +7,9 @@ from fsar.core.basics import FsarError, torch_seed
 from fsar.methods.sampler import (PerturbedTopK, SampledModel, TaskLearner, amplify, inverse_transform, perturbed_top_frames, picked, profiles, related,
                                   stretched, top_frames)
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 from fsar.model.blocks import interpolation, sinusoids
 from test_methods import batch, logits_of, pixels, rows
-
-load_methods()
 
 
 def make(method="protonet", **options): return create_model(method, backbone="resnet_micro", classes=12, sampler="vim", options={f"sampler.{k}": v for k, v in options.items()})

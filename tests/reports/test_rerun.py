@@ -182,7 +182,7 @@ def test_a_report_made_again_is_equal_to_the_bit(stopped, made, capsys):
     told = capsys.readouterr()
     result, metrics = json.loads(told.out), read_json(made / "metrics.json")
     assert result["sound"] and result["differences"] == [] and result["newer"] == [] and result["equal"] > 100 and result["text"].startswith("equal to the bit") and result["threads"] == 1 and result["kind"] == "train"
-    assert "going on with the interrupted run" in told.err
+    assert "resuming the interrupted run" in told.err
     again = read_json(out / "metrics.json")
     assert again["hashes"] == metrics["hashes"] and again["results"] == metrics["results"] and again["command"] != metrics["command"]
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in made.rglob("*")} and (out / "report.html").exists()
