@@ -34,7 +34,7 @@ def jpeg_files(block: Block, indices: Indices) -> list[Block]:
     edges = 4 * (count + 1) + np.cumsum([0, *lengths])  # (F + 1,) where each file begins, and the end
     return [block[edges[k]:edges[k + 1]] for k in indices]
 
-# %% ../../nbs/10_data/08_store.ipynb #1c40b108
+# %% ../../nbs/10_data/08_store.ipynb #16affdd3
 def unpack(block: Block, indices: Indices) -> torch.Tensor:  # uint8 (T, 3, H, W), channels last in memory
     "Decode some frames, each once. Raise IndexError beyond the frames of the video, ValueError for a damaged block."
     wanted, position = np.unique(np.asarray(indices, np.int64), return_inverse=True)
@@ -160,7 +160,7 @@ def _is_leftover(name: str) -> bool:
     "Return whether a file is a temporary file of a run that was killed."
     return any(name.startswith(f".{file}.") for file in FILES)
 
-# %% ../../nbs/10_data/08_store.ipynb #b89f6ea6
+# %% ../../nbs/10_data/08_store.ipynb #bb8a52a5
 FIXED = ("format", "short_side", "max_frames", "quality", "benchmark")  # settings that an update cannot change
 
 def _compare(out: Path, old: dict[str, Any], new: dict[str, Any], update: bool) -> None:
@@ -211,13 +211,14 @@ def _room(out: Path, sizes: Sequence[int], rest: int) -> int:
                     f"and {size_text(free)} are free on that disk. Make room and repeat the command, "
                     "or choose another folder, a smaller short side or fewer frames")
 
-# %% ../../nbs/10_data/08_store.ipynb #bd063441
+# %% ../../nbs/10_data/08_store.ipynb #a580fd43
 COMMIT = 1.0  # seconds of work that a killed run may lose
 
 class _Batch:
     "Records and blocks that are written together, about once a second."
     def __init__(self, env: lmdb.Environment) -> None:
-        self.env, self.waiting, self.written = env, [], time.monotonic()
+        self.env, self.written = env, time.monotonic()
+        self.waiting: list[tuple[str, Record, bytes]] = []
 
     def add(self, video: str, record: Record, block: bytes) -> None:
         self.waiting.append((video, record, block))
@@ -255,7 +256,7 @@ def _decode_missing(env: lmdb.Environment, order: _Order) -> None:
                 bar.set_description(f"{label}, {size_text(need)} to come")
     batch.write()
 
-# %% ../../nbs/10_data/08_store.ipynb #58b5d563
+# %% ../../nbs/10_data/08_store.ipynb #eabe4126
 def _without_record(env: lmdb.Environment, manifest: pd.DataFrame) -> pd.DataFrame:
     "Return the rows of the videos without a current record, a sample of them first."
     records = _records(env, manifest.video)
@@ -291,7 +292,7 @@ def _tables(manifest: pd.DataFrame, records: list[Record]) -> dict[str, pd.DataF
     missing = pd.DataFrame(manifest.attrs.get("missing", ()), columns=MISSING)
     return {"index": table.loc[~bad, INDEX].astype(TYPES), "quarantine": table.loc[bad, QUARANTINE], "missing": missing}
 
-# %% ../../nbs/10_data/08_store.ipynb #189a741c
+# %% ../../nbs/10_data/08_store.ipynb #62f7d556
 def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any], origin: dict[str, Any]) -> None:
     "Write the tables, then the mark of completion; remove what killed runs have left."
     for name, table in tables.items():
