@@ -504,7 +504,7 @@ def seconds_of(path: str | Path, timeout: float = 30.0) -> float:
         return max(by_packets, by_header)
 
 # %% ../../nbs/10_data/00_video.ipynb #b5b23b18
-def decode(path: str | Path, indices: Sequence[int], *,
+def decode(path: str | Path, indices: Sequence[int] | np.ndarray, *,
            short_side: int | None = None,  # scale so that the shorter side has this many pixels
            backend: str | None = None,     # as in `probe`
            timeout: float = 30.0,          # seconds
