@@ -118,5 +118,5 @@ def test_memory_is_kept_only_where_glibc_is(library, monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", load)
     assert machine._glibc.__wrapped__() is None
     monkeypatch.setattr(machine, "_glibc", lambda: None)
-    monkeypatch.setattr(machine, "_scarce", [])  # a test before this one may have trained a large model
-    assert machine.keep_freed_memory() is machine.keep_freed_memory(scarce=True) is False and not machine._scarce
+    monkeypatch.setattr(machine, "_asked_to_save", [])  # a test before this one may have trained a large model
+    assert machine.keep_freed_memory() is machine.keep_freed_memory(scarce=True) is False and not machine._asked_to_save
