@@ -518,10 +518,10 @@ def answer_note(metrics: Mapping[str, Any]) -> str:
 # %% ../../nbs/70_experiments/08_studies.ipynb #e31dba14
 def show_published(metrics: Mapping[str, Any]) -> None:
     "On a public benchmark, display the published rows next to ours, and what differs in the protocol."
-    found = published.beside(metrics)
+    found = published.compare_published(metrics)
     if not len(found): return
-    _show("## Beside published results")
-    reports.show_table(published.beside_table(found))
+    _show("## Next to published results")
+    reports.show_table(published.published_table(found))
     show_bullets(published.protocol_differences(metrics))
 
 AGAIN = """## How to make it again
