@@ -6,7 +6,7 @@
 __all__ = ['comparison_words', 'Compare', 'Study', 'Sweep', 'Claims', 'Groups', 'Sizes', 'Bench']
 
 # %% ../../nbs/99_cli/03_experiments.ipynb #f4ec4021
-import contextlib, sys, tyro
+import tyro
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
