@@ -60,6 +60,7 @@ def evaluate_on(model: FewShotModel, config: Config, data: Data, *, shots: int =
     embedding = embed_videos(model, clips, progress=False)
     return evaluate(model, embedding, table, row_to_position=clips.row_to_position)
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #401afc44
 Models = Mapping[str, Mapping[int, FewShotModel]]  # label → training seed → model
 
 def over_misalignment(models: Models, config: Config, levels: Sequence[float] = (0.0, 0.5, 1.0), *,
@@ -96,6 +97,7 @@ def frame_change(clips: Tensor  # (V, M, 3, H, W) uint8
     before, after = torch.cat([step[:, :1], step], 1), torch.cat([step, step[:, -1:]], 1)
     return (before + after) / 2
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #96cde246
 def enlargement(model: FewShotModel,  # with a sampler
                 support: Tensor, labels: Tensor, query: Tensor,  # (S, M, 3, H, W), (S,), (Q, M, 3, H, W): one episode
                 ) -> Tensor:  # (Q,)
@@ -147,6 +149,7 @@ def with_branches(model: FewShotModel, branches: Sequence[str]) -> FewShotModel:
     view.branches = list(branches)  # type: ignore[assignment]  # modules have no types for their attributes
     return view
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #cef865cf
 def by_branch(model: FewShotModel,  # with `branches`, as MoLo has
               config: Config, data: Data, pairs: Sequence[tuple[str, str]], *, episodes: int = 600
               ) -> dict[str, Result]:
@@ -163,6 +166,7 @@ ROWS = ("protonet", "trx", "trx-single", "strm", "molo", "ta2n", "ta2n-ordered",
 def weights_folder(folder: str | Path, label: str, seed: int) -> Path:
     return Path(folder) / "checkpoints" / f"{label}-{seed}" / "last"
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #6e840b23
 def load_models(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShotModel]]]:  # by label and seed
     "Return the configuration and the models of a finished comparison. An FsarError names a missing row or checkpoint."
     metrics = read_json(Path(folder) / "metrics.json")
@@ -175,9 +179,10 @@ def load_models(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShot
               for label in ROWS}
     return Config.from_dict(metrics["config"]), models
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #b464ee3a
+# %% ../../nbs/70_experiments/06_claims.ipynb #32f75316
 def _numbers(by_seed: Mapping[int, Result]) -> list[dict[str, Any]]: return list(map(result_numbers, by_seed.values()))
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #acd79e00
 GAINS = {  # claim → row with the part, row without it
     "TA2N's alignment": ("ta2n", "ta2n-plain"),
     "TA2N without its rearrangement": ("ta2n-ordered", "ta2n-plain"),
@@ -197,7 +202,7 @@ def misalignment_metrics(models: Models, config: Config, levels: Sequence[float]
                for label, by_level in dial.items()}
     return {"gains": gains, "dial": results}
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #294c18f9
+# %% ../../nbs/70_experiments/06_claims.ipynb #fcd4ecd5
 def enlargement_metrics(models: Models, config: Config, still: Data, *, episodes: int) -> dict[str, Any]:
     "Return the mean enlargement by every sampler, and the share of queries in which movers are enlarged."
     found: dict[str, list[dict[str, float]]] = {}
@@ -206,6 +211,7 @@ def enlargement_metrics(models: Models, config: Config, still: Data, *, episodes
         found[label] = [{"mean": float(x.mean()), "above_one": float((x > 1).mean())} for x in ratios]
     return {"enlargement": found}
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #b74ca422
 ORDER = {"protonet": "mean pooling", "trx-single": "TRX, single frames", "trx": "TRX, pairs and triples",
          "strm": "STRM, pairs"}  # row → what it compares
 ORDER_GAINS = {"trx": ("trx", "protonet"), "tuples": ("trx", "trx-single"), "strm": ("strm", "protonet")}
@@ -242,6 +248,7 @@ class Claims(Report):
         if self.episodes < 2: raise FsarError(f"episodes={self.episodes}: at least 2")
         load_models(self.methods)
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #306614aa
 def claims_report(methods: str | Path, out: str | Path, *, levels: Sequence[float] = (0.0, 0.5, 1.0),
                   episodes: int = 200, progress: bool = True) -> dict[str, Any]:
     "Measure all claims and write the report to `out`; return what its metrics.json holds."

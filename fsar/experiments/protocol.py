@@ -46,6 +46,7 @@ def keeps_recordings_apart(config: Config, data: Data) -> bool:
     if benchmark is None or not benchmark.source: return True
     return config.groups
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #9546831d
 def check_groups(config: Config) -> None:
     "Raise FsarError if `groups` is on for a benchmark whose lists do not name recordings."
     name = benchmark_name(config.dataset)
@@ -63,7 +64,7 @@ def training_episodes(config: Config, data: Data, model: FewShotModel, *,
     transform = TrainTransform(config.size, flip=config.flip, scale=(config.crop_scale, 1.0), jitter=config.jitter)
     return EpisodeClips(data.store, sampler, frames=model.clip_frames, transform=transform)
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #b05de4f2
+# %% ../../nbs/70_experiments/00_protocol.ipynb #a70732fe
 EVALUATION_SEEDS = {"test": 0, "val": 1, "train": 2}
 
 def episode_sampler(config: Config, data: Data, split: str, shots: int,
@@ -74,6 +75,7 @@ def episode_sampler(config: Config, data: Data, split: str, shots: int,
     return EpisodeSampler(data.store, split, ways=ways, shots=shots, queries=config.test_queries,
                           seed=EVALUATION_SEEDS[split], pairs=pairs, apart=apart)
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #b1ba3201
 def table_of(config: Config, data: Data, split: str, shots: int, episodes: int,
              pairs: Sequence[tuple[str, str]] | None = None, *,  # two-way episodes of these classes
              blind: bool = False  # ignore recordings, whatever the configuration says
@@ -108,6 +110,7 @@ class Tables:
         "All tables; that of the time-reversed pairs is the last."
         return [*self.tables] if self.reversed is None else [*self.tables, self.reversed]
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #668c531d
 def tables_of(config: Config, data: Data) -> Tables:
     "Draw the episodes of all tests that `config` asks for."
     split, count = config.test_split, config.test_episodes
@@ -131,6 +134,7 @@ def leaks_in(seen: Sequence[Mapping[str, Any]],  # as `fsar.engine.checkpoints.t
                      f"{training['dataset']}: {', '.join(shared)}{_shared_videos(training, data.name, split)}")
     return tuple(texts)
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #70e2f7f4
 def _shared_videos(training: Mapping[str, Any], name: str, split: str) -> str:
     "Return how many videos two public benchmarks share, in brackets; empty for other data."
     if not {training["dataset"], name} <= BENCHMARKS.keys(): return ""
@@ -139,6 +143,7 @@ def _shared_videos(training: Mapping[str, Any], name: str, split: str) -> str:
             return f" ({leak.videos:,} of their {leak.class_videos:,} videos were themselves used in training)"
     return ""
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #14d86957
 def check_leaks(seen: Sequence[Mapping[str, Any]], config: Config, data: Data) -> tuple[str, ...]:
     "Return `leaks_in` for the test of `config`. Raises FsarError if there are any and `allow_leak` is off."
     found = leaks_in(seen, data, config.test_split)
@@ -219,7 +224,7 @@ def evaluate_model(model: FewShotModel, config: Config, data: Data, *, device: t
     on_pairs = results[shots] if asked.reversed is not None else None
     return Tested(asked.tables, tuple(results[:shots]), on_pairs, asked.pairs, clips, embedding)
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #196530d5
+# %% ../../nbs/70_experiments/00_protocol.ipynb #1cea5250
 def train_model(config: Config, data: Data, folder: str | Path, *,  # of the checkpoints
                 blind: bool = False,  # training episodes ignore recordings
                 progress: bool = True) -> TrainingResult:
@@ -229,6 +234,7 @@ def train_model(config: Config, data: Data, folder: str | Path, *,  # of the che
     episodes = training_episodes(config, data, model, blind=blind)
     return train(config, model, episodes, validator(config, data, model, precision), folder, progress=progress)
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #ae955d13
 @dataclass(frozen=True)
 class RunResult:
     "A training and its test."
@@ -238,6 +244,7 @@ class RunResult:
     device: torch.device
     test_seconds: float
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #1a262581
 def train_and_test(config: Config, data: Data, folder: str | Path, *,  # of the checkpoints
                    asked: Tables | None = None,  # the test's episodes; default: drawn here
                    progress: bool = True) -> RunResult:
@@ -264,7 +271,7 @@ def save_results(tested: Tested, folder: str | Path) -> None:
         write_json(folder / f"{name}.json", result.to_dict())
         table.save(folder / f"{name}.episodes.safetensors")
 
-# %% ../../nbs/70_experiments/00_protocol.ipynb #ec173ddb
+# %% ../../nbs/70_experiments/00_protocol.ipynb #060bbaa1
 def pair_accuracies(result: Result, pairs: Sequence[tuple[str, str]]
                     ) -> list[dict[str, Any]]:  # each with a, b and accuracy
     "Return the accuracy of each pair of classes that occurred in the test."
@@ -277,6 +284,7 @@ def pair_accuracies(result: Result, pairs: Sequence[tuple[str, str]]
         found.append({"a": a, "b": b, "accuracy": float(right / asked)})
     return found
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #07186f29
 def reversed_numbers(tested: Tested) -> dict[str, Any] | None:
     "Return the numbers on time-reversed pairs, with those of each pair; None if the data has no such pairs."
     if tested.reversed is None: return None
@@ -297,6 +305,7 @@ def adapt_episode(model: FewShotModel, tested: Tested, table: EpisodeTable
     labels = torch.from_numpy(episode.support_labels).long().to(device)
     with testing(model): return model.adapt(support, labels, query)
 
+# %% ../../nbs/70_experiments/00_protocol.ipynb #b2d774a7
 def rivals(episode: Episode, predicted: np.ndarray,  # (Q,) ways
            ) -> tuple[int, list[tuple[int, int]]]:  # query; (row, way) of its own class's support and the rival's
     "Return the first wrong query and the support it was taken for; if all are right, the first one and the next class."

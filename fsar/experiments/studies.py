@@ -58,6 +58,7 @@ class Study:
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of Config that differ from RECIPE
     own: Mapping[str, Any] = field(default_factory=dict)  # parameters that only its report has
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #170e4419
 STUDIES: Registry[Study] = Registry("study")
 
 def base_of(name: str, **given: Any  # fields of Config
@@ -150,13 +151,14 @@ def printed_numbers(table: str) -> dict[tuple[str, int, Any], float]:  # (label,
     rows = published.published(table=table).to_dict("records")
     return {(SAME.get(row["row"], row["row"]), row["ways"], row["shots"]): row["accuracy"] / 100 for row in rows}
 
-# %% ../../nbs/70_experiments/08_studies.ipynb #66c3cf4f
+# %% ../../nbs/70_experiments/08_studies.ipynb #584af16f
 def _printed_gain(printed: Mapping[tuple, float], having: str, without: str, test: Result) -> float | None:
     "Return the published gain of one row over another in a test; None if it was not published."
     more, less = (having, test.ways, test.shots), (without, test.ways, test.shots)
     if more not in printed or less not in printed: return None
     return printed[more] - printed[less]
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #998915c0
 def gains(found: Mapping[str, comparison.Runs],  # as fsar.experiments.comparison.collect returns it
           table: str = "") -> list[dict[str, Any]]:
     "Return what every part adds in every pair of rows and every test, with the published gain if there is one."
@@ -188,11 +190,13 @@ def _draw_gain(ax: Axes, y: int, gain: Mapping[str, Any]) -> None:
     if gain["published"] is None: return
     ax.plot(100 * gain["published"], y, "D", color=INK, markersize=5, markerfacecolor="none", zorder=4)
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #4707919e
 def _line_of(gain: Mapping[str, Any]) -> tuple[str, str, str]:
     "Return part, row with it and row without it."
     having, without = gain["names"]
     return gain["part"], having, without
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #0fd03e74
 def gains_figure(found: Sequence[Mapping[str, Any]]) -> Figure:
     "Draw what each part adds, with both intervals and the published gain; one panel for each test."
     tasks = _distinct(found, "task")
@@ -217,6 +221,7 @@ def all_parts(labels: Sequence[str]) -> list[str]:
         if parts_of(label): found |= dict.fromkeys(label.split("+"))
     return list(found)
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #e41f1ee0
 def _published_cells(label: str, row: Mapping[str, Any], printed: Mapping[tuple, float]) -> dict[str, str]:
     "Return a row's published accuracies, one for each number of shots."
     cells = {}
@@ -225,6 +230,7 @@ def _published_cells(label: str, row: Mapping[str, Any], printed: Mapping[tuple,
         cells[f"published {result['task'].split()[-1]}"] = percent(printed[key]) if key in printed else "–"
     return cells
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #dc737e04
 def _parts_line(label: str, row: Mapping[str, Any], parts: Sequence[str]) -> dict[str, str]:
     "Return a row's parts and its accuracies."
     line = {part: "✓" if part in parts_of(label) else "" for part in parts}
@@ -233,6 +239,7 @@ def _parts_line(label: str, row: Mapping[str, Any], parts: Sequence[str]) -> dic
     if pairs: line["time-reversed pairs"] = percent(pairs["accuracy"], pairs["ci95"])
     return line
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #dd33538f
 def parts_table(metrics: Mapping[str, Any], table: str = "") -> pd.DataFrame:
     "Return a line for each row: its parts, its accuracies, and the published ones."
     printed, parts, lines = printed_numbers(table), all_parts(list(metrics["rows"])), []
@@ -260,6 +267,7 @@ def points(values: Sequence[float]) -> str:
     "Return gains in points, such as `+1.2, −0.3`."
     return ", ".join(f"{100 * value:+.1f}".replace("-", "−") for value in values)
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #d6a8abaa
 def _noise_verdict(here: Sequence[Mapping[str, Any]]) -> str:
     "Return in words how many gains of one part are outside the noise."
     up = sum(gain["differs"] and gain["difference"] > 0 for gain in here)
@@ -273,6 +281,7 @@ def _noise_verdict(here: Sequence[Mapping[str, Any]]) -> str:
     else: ways = "up" if up else "down"
     return f"outside {noise} in {up + down} of {len(here)} ({ways})"
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #61cdedba
 def part_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     "Return for each part and test what it adds, how often that is outside the noise, and the published gains."
     sentences = []
@@ -306,6 +315,7 @@ def points_over_ways(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [point(label, result["ways"], f"{result['shots']}-shot", result)
             for label, row in metrics["rows"].items() for result in row["results"]]
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #5a413dac
 def points_over(name: str, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     "Return accuracy against a field of Config that differs between rows, a line for each method."
     found = []
@@ -330,6 +340,7 @@ def _points_of(found: Sequence[Mapping[str, Any]], panel: str, line: str) -> lis
     "Return the points of one line in one panel, from left to right."
     return sorted((p for p in found if p["panel"] == panel and p["line"] == line), key=lambda p: p["x"])
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #9b69a930
 def _draw_line(ax: Axes, here: Sequence[Mapping[str, Any]], line: str, look: Mapping[str, Any]) -> None:
     "Draw one line with intervals over the episodes, and a ring for each single training."
     x, y, error = [p["x"] for p in here], [100 * p["accuracy"] for p in here], [100 * p["ci95"] for p in here]
@@ -367,7 +378,7 @@ def curve_table(found: Sequence[Mapping[str, Any]], axis: str) -> pd.DataFrame:
         lines.append({"method": line, **test, **{name: cells.get(x) for x, name in columns.items()}})
     return pd.DataFrame(lines).fillna("–")
 
-# %% ../../nbs/70_experiments/08_studies.ipynb #e8df263d
+# %% ../../nbs/70_experiments/08_studies.ipynb #1990054c
 def _noise(p: Mapping[str, Any]) -> float:
     "Return the larger of a point's two intervals."
     count = len(p["per_seed"])
@@ -375,6 +386,7 @@ def _noise(p: Mapping[str, Any]) -> float:
     spread = float(np.std(p["per_seed"], ddof=1))
     return max(p["ci95"], t_quantile(count - 1) * spread / count ** 0.5)
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #4b139623
 def _change(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     "Return the change between two points with its noise, as if they were measured on different episodes."
     change, noise = b["accuracy"] - a["accuracy"], float(np.hypot(_noise(a), _noise(b)))
@@ -385,6 +397,7 @@ def _order_at(lines: Mapping[str, Sequence[Mapping[str, Any]]], end: int) -> str
     "Return the names of the lines, best first, at one end (0 or -1)."
     return ", ".join(sorted(lines, key=lambda line: -lines[line][end]["accuracy"]))
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #21d90959
 def _order_sentence(lines: Mapping[str, Sequence[Mapping[str, Any]]], low: float, high: float) -> str:
     "Return whether the order of the lines is the same at both ends; empty for a single line."
     if len(lines) < 2: return ""
@@ -392,6 +405,7 @@ def _order_sentence(lines: Mapping[str, Sequence[Mapping[str, Any]]], low: float
     if at_low == at_high: return f" The order of the methods is the same at both ends: {at_low}."
     return f" The order changes: {at_low} at {low:g}, {at_high} at {high:g}."
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #ccaf25ee
 def curve_sentences(found: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     "Return how each line changes from one end of the axis to the other, and whether the order of the lines holds."
     sentences = []
@@ -430,6 +444,7 @@ def misaligned(out: Path, jobs: Sequence[Job], config: Config, levels: Sequence[
             by_seed[job.config.seed] = _tested_once(out, job, data, level, config.test_episodes)
     return found
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #4a2ef04f
 def _tested_once(out: Path, job: Job, data: Data, level: float, episodes: int) -> Result:
     "Return the result of a run at one setting, from its file if that has it."
     file, place = out / "results" / f"{job.name}-misalignment-{level:g}.json", weights_of(out, job)
@@ -441,6 +456,7 @@ def _tested_once(out: Path, job: Job, data: Data, level: float, episodes: int) -
     write_json(file, {"weights": weights, "result": result.to_dict()})
     return result
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #fcb73a13
 def check_dial(config: Config, levels: Sequence[float]) -> None:
     "Raise FsarError if the data has no misalignment dial, or the settings are not two or more from 0 to 1."
     if config.dataset not in PRESETS:
@@ -458,6 +474,7 @@ def points_over_levels(found: Mapping[str, Mapping[float, Mapping[int, Result]]]
             made.append(point(label, level, results[0].task, summarise_seeds(results)))
     return made
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #ad31fc55
 def dial_metrics(out: Path, jobs: Sequence[Job], base: Config, levels: Sequence[float]) -> dict[str, Any]:
     "Return for metrics.json the settings, the points of the curves, and the episodes of each setting."
     found = misaligned(out, jobs, base, levels)
@@ -475,6 +492,7 @@ def backbone_cost(name: str, size: int  # pixels
     _, multiply_adds = count_verb(net, one_frame)  # type: ignore[arg-type]  # any module can be counted
     return sum(p.numel() for p in net.parameters()), multiply_adds
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #75103039
 def backbone_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     "Return a line for each row: its backbone, parameters, multiply-adds of a frame, training time, accuracies."
     lines = []
@@ -498,12 +516,14 @@ def show_bullets(sentences: Sequence[str]) -> None:
     "Display sentences as a list; empty ones are left out."
     _show("\n".join(f"- {text}" for text in sentences if text))
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #35f7e859
 def show_opening(metrics: Mapping[str, Any]) -> None:
     "Display title, notes and failed runs."
     _show(f"# {STUDIES[metrics['study']].title}, on {metrics['data']['name']}")
     for note in metrics["data"]["notes"]: _show(f"**Note:** {note}")
     for failure in side_by_side.failures(metrics): _show(failure)
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #b3ce69f4
 def answer_note(metrics: Mapping[str, Any]) -> str:
     "Return how to read a study's numbers."
     rows, seeds = list(metrics["rows"].values()), len(metrics["seeds"])
@@ -515,7 +535,7 @@ def answer_note(metrics: Mapping[str, Any]) -> str:
     return (f"Mean accuracy {trainings} ± 95 % interval over the {episodes:,} test episodes. "
             f"Guessing gives {' to '.join(map(percent, chances))}{on_pairs}.")
 
-# %% ../../nbs/70_experiments/08_studies.ipynb #e31dba14
+# %% ../../nbs/70_experiments/08_studies.ipynb #438b235f
 def show_published(metrics: Mapping[str, Any]) -> None:
     "On a public benchmark, display the published rows next to ours, and what differs in the protocol."
     found = published.beside(metrics)
@@ -524,6 +544,7 @@ def show_published(metrics: Mapping[str, Any]) -> None:
     reports.show_table(published.beside_table(found))
     show_bullets(published.protocol_differences(metrics))
 
+# %% ../../nbs/70_experiments/08_studies.ipynb #018b6fb6
 AGAIN = """## How to make it again
 
 ```

@@ -69,6 +69,7 @@ def _label_word(name: str, value: Any) -> str:
     else: text = str(value)
     return re.sub(r"[^\w.+-]+", "_", text if name in NAMED else name + text)
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #84d4df29
 def label_of(config: Config, varied: Sequence[str]  # names of fields
              ) -> str:
     "Return a label that distinguishes a run from the others, such as `otam-lr0.01`."
@@ -86,12 +87,14 @@ def _combined(base: Config, over: Mapping[str, Sequence[Any]]) -> list[Job]:
     configs = [base.replace(**dict(zip(over, values))) for values in itertools.product(*over.values())]
     return [Job(label_of(config, varied), config) for config in configs]
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #6d808653
 def _single(base: Config, run: Mapping[str, Any]) -> Job:
     "Return the job of one run that is not in the grid."
     changes = {name: value for name, value in run.items() if name != "label"}
     config = base.replace(**changes)
     return Job(str(run.get("label", "")) or label_of(config, list(changes)), config)
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #0d718bd7
 def grid(base: Config, over: Mapping[str, Sequence[Any]],  # field of Config → its values
          runs: Sequence[Mapping[str, Any]] = (),  # single runs: fields that differ from the base, perhaps a `label`
          ) -> list[Job]:
@@ -123,6 +126,7 @@ def read_sweep(path: str | Path,  # a .toml file
         return grid(base, given.get("grid", {}), given.get("runs", ()))
     except FsarError as e: raise FsarError(f"{path}: {e}") from None
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #a62c77f4
 def _read_toml(path: Path) -> dict[str, Any]:
     "Return a TOML file's content."
     try: import tomllib
@@ -133,7 +137,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 # %% ../../nbs/70_experiments/03_sweeps.ipynb #d0c1c98d
 def record_file(out: Path, job: Job) -> Path: return out / "results" / f"{job.name}.json"
+
 def checkpoints(out: Path, job: Job) -> Path: return out / "checkpoints" / job.name
+
 def result_file(out: Path, job: Job, test: str) -> Path: return out / "results" / f"{job.name}-{test}.json"
 
 def _test_name(table: EpisodeTable) -> str:
@@ -141,6 +147,7 @@ def _test_name(table: EpisodeTable) -> str:
     shots = "–".join(map(str, dict.fromkeys(table.info["shots"])))
     return f"{table.info['split']}-{table.info['ways']}-way-{shots}-shot"
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #5392f797
 def tables_by_name(asked: Tables) -> dict[str, EpisodeTable]:
     "Return the episodes of all tests by name; the test on time-reversed pairs is the last."
     found = {_test_name(table): table for table in asked.tables}
@@ -161,12 +168,14 @@ def record_start(job: Job, out: Path) -> None:
     "Write the record of a job that begins."
     write_json(record_file(out, job), _record(job, "running") | {"node": platform.node(), "process": os.getpid()})
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #3c3f4ad0
 def record_failure(job: Job, out: Path, reason: str, trace: str = "") -> None:
     "Write the record of a job that failed, without paths of this machine."
     here = f"{out.absolute()}/"
     why = {"reason": reason.replace(here, ""), "traceback": trace.replace(here, "")}
     write_json(record_file(out, job), _record(job, "failed") | why)
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #3b48b6a5
 def finished_record(out: Path, job: Job) -> dict[str, Any] | None:
     "Return the record of a finished job, or None."
     file = record_file(out, job)
@@ -183,6 +192,7 @@ class PreparedJob:
     asked: Tables
     training: Path  # folder of its checkpoints
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #b3b56e6d
 def run_job(prepared: PreparedJob, out: Path) -> None:
     "Train the job's model or resume its training, test it, and write results and record."
     job, data = prepared.job, prepared.data
@@ -218,7 +228,7 @@ def try_job(prepared: PreparedJob, out: Path) -> None:
     try: run_job(prepared, out)
     except Exception as e: record_failure(prepared.job, out, _reason(e), traceback.format_exc())
 
-# %% ../../nbs/70_experiments/03_sweeps.ipynb #f6efc4ff
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #7ec7fd65
 def load_results(out: Path, job: Job) -> dict[str, Result]:  # by the test's name
     "Return the results of a finished job."
     file, found = record_file(out, job), {}
@@ -230,6 +240,7 @@ def load_results(out: Path, job: Job) -> dict[str, Result]:  # by the test's nam
                             "delete both, and they are made again")
     return found
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #45409171
 def weights_of(out: Path, job: Job) -> Path:
     "Return the folder of a finished job's selected weights. Raises FsarError if they are not on this machine."
     selected = "last" if selected_on(job.config) is None else "best"
@@ -251,12 +262,14 @@ def _record_differences(record: Mapping[str, Any], job: Job, asked: Tables | Non
     if changed or asked is None or record["status"] != "finished": return changed
     return [] if record["episodes"] == hashes_of(asked) else ["test episodes"]
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #8802cd97
 def _training_differences(state: Mapping[str, Any], job: Job, data: Data | None) -> list[str]:
     "Return which training settings differ between a checkpoint and a job."
     stored = state.get("training", {}).get("settings", {})
     changed = differing_settings(stored, _settings(job, data))
     return changed if data else [name for name in changed if name != "data"]
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #0e843f1d
 def misfits(out: Path, job: Job, data: Data | None = None, asked: Tables | None = None) -> dict[Path, str]:
     """Return the job's files that belong to another configuration, with what differs.
 
@@ -291,6 +304,7 @@ def finished_records(folders: Sequence[str | Path]) -> list[tuple[Path, dict[str
 
 def _name_of(record: Mapping[str, Any]) -> str: return f"{record['label']}-{record['config']['seed']}"
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #98bbb456
 def _training_of(folder: Path, record: Mapping[str, Any]) -> Path:
     "Return the folder of a record's training."
     if "checkpoint" in record: return (folder / record["checkpoint"]).parent
@@ -312,6 +326,7 @@ def _same_results(folder: Path, record: Mapping[str, Any], prepared: PreparedJob
     if "data" in record: return record["data"] == prepared.data.store.hash
     return same_training(folder, record, prepared.job, prepared.data)  # a record of an earlier version
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #b06b2260
 def _copy_results(out: Path, job: Job, folder: Path, record: Mapping[str, Any]) -> None:
     "Copy the results of another sweep's run; the record says where they came from."
     for name in record["episodes"]:
@@ -321,6 +336,7 @@ def _copy_results(out: Path, job: Job, folder: Path, record: Mapping[str, Any]) 
               "checkpoint": os.path.relpath(_training_of(folder, record) / selected, out)}
     write_json(record_file(out, job), {**record, **origin})
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #bc10a984
 def take_over(out: Path, prepared: PreparedJob, others: Sequence[tuple[Path, dict[str, Any]]]) -> PreparedJob | None:
     "Return what is left of a job after other sweeps' work: None, the job with their training, or the job as it was."
     for folder, record in others:
@@ -356,6 +372,7 @@ def in_processes(work: Callable[[Any], None], items: Sequence[Any], processes: i
         for _, process in running.values(): process.terminate()
         for _, process in running.values(): process.join()
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #63e2f4c9
 def _work_in_process(work: Callable[[Any], None], item: Any, threads: int) -> None:
     start_worker()
     with torch_threads(threads): work(item)
@@ -419,6 +436,7 @@ def episodes_done(out: Path, job: Job) -> int:
     try: return int(lines[-1].split(",")[header.split(",").index("episodes")])
     except (ValueError, IndexError): return 0  # nothing yet, or a line that is being written
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #6ad185cf
 def state(out: Path, job: Job) -> str:
     "Return waiting, running, stopped, failed or finished."
     file = record_file(out, job)
@@ -442,6 +460,7 @@ def _finished_line(out: Path, job: Job, record: Mapping[str, Any]) -> dict[str, 
             "first test": f"{test.task} {percent(test.accuracy, test.ci95)}",
             "note": f"taken from {record['taken_from']}" if "taken_from" in record else ""}
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #93ced28d
 def states(out: str | Path, jobs: Sequence[Job]) -> pd.DataFrame:
     "Return one line for each job: state, episodes trained, time, the accuracy of its first test or what went wrong."
     out, lines = Path(out), []
@@ -461,6 +480,7 @@ def _update_bar(bar: Any, out: Path, jobs: Sequence[Job]) -> None:
     counts = [f"{found.count(s)} {s}" for s in ("finished", "running", "failed", "waiting") if s in found]
     bar.set_postfix_str(", ".join(counts))
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #325ca4e9
 @contextlib.contextmanager
 def watch(out: Path, jobs: Sequence[Job], progress: bool, every: float = 2.0  # seconds between two updates
           ) -> Iterator[Callable[[str], None]]:  # writes a line above the bar
@@ -515,6 +535,7 @@ def run_prepared(jobs: Sequence[PreparedJob], out: str | Path, *, workers: Worke
             if problem: record_failure(prepared.job, out, problem)
             say(f"{prepared.job.name}: {outcome(out, prepared.job)}")
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #e7d08430
 def run_jobs(jobs: Sequence[Job], data: Data, asked: Tables, out: str | Path, **how: Any) -> None:  # see run_prepared
     "Run jobs on the same data and test episodes."
     run_prepared([PreparedJob(job, data, asked, checkpoints(Path(out), job)) for job in jobs], out, **how)
@@ -531,6 +552,7 @@ def _varied(jobs: Sequence[Job]) -> list[str]:
 
 def _cell(value: Any) -> Any: return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #308d12f8
 def _result_line(name: str, result: Result) -> dict[str, Any]:
     "Return one test's columns of the table."
     test = "time-reversed pairs" if name.endswith("-reversed") else result.task
@@ -539,6 +561,7 @@ def _result_line(name: str, result: Result) -> dict[str, Any]:
             "accuracy": result.accuracy, "ci95": result.ci95, "chance": result.chance,
             "test_episodes": result.episodes}
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #752f9347
 def tidy_results(out: str | Path, jobs: Sequence[Job]) -> pd.DataFrame:
     "Return one line for each finished job and test."
     out, varied, lines = Path(out), _varied(jobs), []
@@ -551,6 +574,7 @@ def tidy_results(out: str | Path, jobs: Sequence[Job]) -> pd.DataFrame:
         lines += [own | _result_line(name, result) | cost for name, result in load_results(out, job).items()]
     return pd.DataFrame(lines)
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #3c5d6417
 def write_results(out: str | Path, jobs: Sequence[Job], parquet: bool = False) -> Path:
     "Write `results.csv` in the sweep's folder, or `results.parquet`; return its path."
     table, path = tidy_results(out, jobs), Path(out) / ("results.parquet" if parquet else "results.csv")
@@ -573,6 +597,7 @@ def _naming(job: Job) -> Iterator[None]:
     try: yield
     except FsarError as e: raise FsarError(f"run {job.name}: {e}") from None
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #05bbd15b
 def prepare_jobs(jobs: Sequence[Job], out: str | Path, progress: bool = True) -> list[PreparedJob]:
     "Return the jobs with data and tests. An FsarError names the job that cannot be run."
     for job in jobs:
@@ -583,6 +608,7 @@ def prepare_jobs(jobs: Sequence[Job], out: str | Path, progress: bool = True) ->
         with _naming(job): check_tests(job.config, data_of(job.config))
     return [PreparedJob(job, data_of(job.config), tests_of(job.config), checkpoints(Path(out), job)) for job in jobs]
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #c59c5463
 def once_for(names: Sequence[str], make: Callable[[Config], Any]) -> Callable[[Config], Any]:
     "Return `make`, called only once for all configurations that agree in these fields."
     made: dict[tuple, Any] = {}
@@ -603,6 +629,7 @@ def run_sweep(jobs: Sequence[Job], out: str | Path, *, parquet: bool = False, pr
     run_prepared(prepare_jobs(jobs, out, progress), out, progress=progress, **how)
     return sweep_status(jobs, out) | {"results": str(write_results(out, jobs, parquet))}
 
+# %% ../../nbs/70_experiments/03_sweeps.ipynb #4d25d1ad
 def sweep_status(jobs: Sequence[Job], out: str | Path) -> dict[str, Any]:
     "Return from the files how many runs are in each state, whether none failed, and a line for each run."
     table = states(out, jobs)
