@@ -93,8 +93,9 @@ def frame_change(clips: Tensor  # (V, M, 3, H, W) uint8
                  ) -> Tensor:  # (V, M, 1, H, W) in 0–1
     "Return the mean absolute difference of every frame to its neighbours in time."
     x = clips.float() / 255
-    step = (x[:, 1:] - x[:, :-1]).abs().mean(2, keepdim=True)   # (V, M − 1, 1, H, W)
-    before, after = torch.cat([step[:, :1], step], 1), torch.cat([step, step[:, -1:]], 1)
+    step = x.diff(dim=1).abs().mean(2, keepdim=True)   # (V, M − 1, 1, H, W)
+    before = torch.cat([step[:, :1], step], 1)         # the first frame has no frame before it
+    after = torch.cat([step, step[:, -1:]], 1)
     return (before + after) / 2
 
 # %% ../../nbs/70_experiments/06_claims.ipynb #96cde246
@@ -179,10 +180,11 @@ def load_models(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShot
               for label in ROWS}
     return Config.from_dict(metrics["config"]), models
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #32f75316
-def _numbers(by_seed: Mapping[int, Result]) -> list[dict[str, Any]]: return list(map(result_numbers, by_seed.values()))
+# %% ../../nbs/70_experiments/06_claims.ipynb #467562ed
+def _numbers(by_seed: Mapping[int, Result]) -> list[dict[str, Any]]:
+    return [result_numbers(result) for result in by_seed.values()]
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #acd79e00
+# %% ../../nbs/70_experiments/06_claims.ipynb #dd872b22
 GAINS = {  # claim → row with the part, row without it
     "TA2N's alignment": ("ta2n", "ta2n-plain"),
     "TA2N without its rearrangement": ("ta2n-ordered", "ta2n-plain"),
@@ -196,8 +198,10 @@ def misalignment_metrics(models: Models, config: Config, levels: Sequence[float]
     labels = dict.fromkeys(label for pair in GAINS.values() for label in pair)
     needed = {label: models[label] for label in labels}
     dial = over_misalignment(needed, config, levels, episodes=episodes, preset=config.dataset, progress=progress)
-    gains = {claim: {f"{level:g}": gain(dial[part][level], dial[base][level], (part, base)) for level in levels}
-             for claim, (part, base) in GAINS.items()}
+    gains: dict[str, dict[str, Any]] = {claim: {} for claim in GAINS}
+    for claim, (part, base) in GAINS.items():
+        for level in levels:
+            gains[claim][f"{level:g}"] = gain(dial[part][level], dial[base][level], (part, base))
     results = {label: {f"{level:g}": _numbers(by_seed) for level, by_seed in by_level.items()}
                for label, by_level in dial.items()}
     return {"gains": gains, "dial": results}

@@ -20,11 +20,11 @@ from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
 from ..data.datasets import Data, collect_warnings, prepare_data
 from ..engine.checkpoints import load_model, trained_on
-from ..engine.devices import choose_device, choose_precision
+from ..engine.devices import choose_device
 from ..engine.processes import agree, main_first, processes, world
 from ..engine.results import Result
 from .protocol import (RunResult, Tested, check_leaks, check_names, evaluate_model, leaks_in,
-                                       result_numbers, reversed_numbers, selected_on, train_model)
+                                       precision_of, result_numbers, reversed_numbers, selected_on, train_model)
 from ..reports.figures import headline
 from ..reports.notebooks import (REPORTS, Report, check_kind, check_template, clear, make_report, produce, setting,
                                     to_html)
@@ -265,7 +265,7 @@ def _selection(weights: Path, known: Mapping[str, Any]) -> str | None:
     if weights.name == "last": return None
     return selected_on(Config.from_dict(known))
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #533e1659
+# %% ../../nbs/70_experiments/01_runs.ipynb #52219fae
 def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
                         changes: Mapping[str, Any]  # fields of Config that differ from training
                         ) -> dict[str, Any]:  # nothing in the other processes of a launcher, which share the work
@@ -280,9 +280,8 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
         main, device = rank == 0, choose_device(config.device)
         data = main_first(lambda: prepare_data(config, progress=main))
         with collect_warnings() as notes: leaks = check_leaks(_classes_seen(weights, known), config, data)
-        precision = choose_precision(config.precision, device, model)
         where = device.type if count > 1 else device  # each process has a GPU of its own
-        tested = evaluate_model(model, config, data, device=where, precision=precision)
+        tested = evaluate_model(model, config, data, device=where, precision=precision_of(config, model))
     if not main: return {}
     data = dataclasses.replace(data, notes=data.notes + tuple(notes))
     return {
