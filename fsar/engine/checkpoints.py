@@ -28,6 +28,7 @@ def sibling(folder: Path, suffix: str) -> Path:
     "Return `runs/best.previous` for `runs/best` and `previous`."
     return folder.with_name(f"{folder.name}.{suffix}")
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #1f502c2d
 def _put_in_place(partial: Path, folder: Path) -> None:
     "Rename `partial` to `folder`; an earlier `folder` becomes the previous one."
     if folder.exists():
@@ -96,6 +97,7 @@ def verified_record(folder: str | Path) -> dict[str, Any]:
             raise FsarError(f"{path} is damaged: its content does not match the hash in {RECORD}")
     return record
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #bc527bd8
 def _read_record(path: Path) -> dict[str, Any]:
     "Return the content of a `model.json`, without its hash. Raise `FsarError` if it is not one or does not match its hash."
     record = read_json(path)
@@ -135,12 +137,14 @@ def _check_method(folder: Path, found: str, wanted: str | None) -> None:
         raise FsarError(f"{folder} holds a model of the method {found!r}, but {wanted!r} was asked for: "
                         f"name a checkpoint of {wanted!r}, or ask for {found!r}")
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #0cb6927f
 def read_tensors(path: Path) -> dict[str, Tensor]:
     "Return the tensors of a safetensors file. Raise `FsarError` for a file of any other kind, such as a pickle."
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as e:
         raise FsarError(f"{path} is not a safetensors file ({e}); nothing else is read from a checkpoint") from e
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #da800f65
 def fill_model(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, record: str = RECORD) -> None:
     "Copy weights into a model. Raise `FsarError` unless every name and shape fits."
     own = {name: t.shape for name, t in model.state_dict().items()}
@@ -178,6 +182,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             if isinstance(t, Tensor): tensors[f"{number}.{name}"] = t
     return tensors
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #aa38475a
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     "Do the inverse of `optimizer_tensors`. A tensor shaped like its parameter takes its device and memory layout."
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -211,6 +216,7 @@ def read_state(folder: str | Path, *, set_aside: bool = False  # rename a damage
             folder.rename(sibling(folder, "damaged"))
     return place, record
 
+# %% ../../nbs/50_engine/04_checkpoints.ipynb #bfb8eae2
 def restore_state(place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     "Fill model and optimiser from a training state that `read_state` has found."
     fill_model(model, read_tensors(place / WEIGHTS), place)

@@ -132,6 +132,7 @@ def _importable(method: str) -> type[FewShotModel]:
                         f"Methods with one: {', '.join(sorted(known))}")
     return METHODS[method]
 
+# %% ../../nbs/50_engine/10_importers.ipynb #fcb5821c
 def _class_count(state: Mapping[str, Any], layout: Sequence[tuple[str, str]]) -> int | None:
     "Return the number of classes of the file's class-label head, None without one."
     for name, value in state.items():
@@ -141,6 +142,20 @@ def _class_count(state: Mapping[str, Any], layout: Sequence[tuple[str, str]]) ->
 def _with_variant(variant: str, options: Mapping[str, Any] | Sequence[str]) -> Mapping[str, Any] | Sequence[str]:
     "Return the options with a variant, unless they name one."
     return {"variant": variant, **options} if isinstance(options, Mapping) else [f"variant={variant}", *options]
+
+# %% ../../nbs/50_engine/10_importers.ipynb #8d0d85d7
+def _may_lack(missing: Sequence[str], kind: type[FewShotModel]) -> tuple[str, ...]:
+    "Return those of our missing entries that the authors' checkpoints need not have."
+    return tuple(name for name in missing if any(re.fullmatch(pattern, name) for pattern in kind.released_lacks))
+
+def _homeless(state: Mapping[str, Any], unused: Mapping[str, str], kind: type[FewShotModel]) -> tuple[str, ...]:
+    "Return the unused tensors that the layout knows, but this model has no place for."
+    return tuple(name for name in unused if isinstance(state[name], Tensor) and translated(name, kind.released_layout))
+
+def _changes(state: Mapping[str, Any], own: Mapping[str, Tensor], mapped: Mapping[str, str]) -> dict[str, str]:
+    "Return how shape or type of an entry differ in the file, by our name."
+    pairs = {ours: (describe(state[name]), describe(own[ours])) for name, ours in mapped.items()}
+    return {ours: f"{before} → {after}" for ours, (before, after) in pairs.items() if before != after}
 
 # %% ../../nbs/50_engine/10_importers.ipynb #80ff33ee
 def fill_released(model: FewShotModel, content: Any,  # what read_weights gave
@@ -156,14 +171,11 @@ def fill_released(model: FewShotModel, content: Any,  # what read_weights gave
                         f"the first is {next(iter(state), None)!r}")
     tensors = _in_our_shapes(origin, state, own, mapped)
     model.load_state_dict(tensors, strict=False)
-
     missing = tuple(name for name in own if name not in tensors)
-    lacking = tuple(name for name in missing if any(re.fullmatch(pattern, name) for pattern in kind.released_lacks))
-    changed = {ours: f"{describe(state[name])} → {describe(own[ours])}" for name, ours in mapped.items()
-               if describe(state[name]) != describe(own[ours])}
-    homeless = tuple(name for name in unused if isinstance(state[name], Tensor) and translated(name, kind.released_layout))
-    unused |= {name: type(value).__name__ for name, value in rest.items()}
-    return ImportReport(str(origin), method, mapped, missing, lacking, unused, changed, homeless, model.config["classes"])
+    others = {name: type(value).__name__ for name, value in rest.items()}
+    return ImportReport(str(origin), method, mapped=mapped, missing=missing, lacking=_may_lack(missing, kind),
+                        unused=unused | others, changed=_changes(state, own, mapped),
+                        homeless=_homeless(state, unused, kind), classes=model.config["classes"])
 
 # %% ../../nbs/50_engine/10_importers.ipynb #bcb51745
 class IncompleteImport(UserWarning):
@@ -208,6 +220,7 @@ def _base_classes(benchmark: str) -> list[dict[str, Any]]:  # as a checkpoint sa
     side = load_split(name, "train", train_size=train_size)
     return [{"dataset": name, "classes": list(side.classes), "train_size": len(side)}]
 
+# %% ../../nbs/50_engine/10_importers.ipynb #2b483ad3
 def check_replaceable(folder: str | Path, overwrite: bool) -> None:
     "Raise `FsarError` if `folder` exists, or with `overwrite` if it is neither a checkpoint nor empty."
     folder = Path(folder)

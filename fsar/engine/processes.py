@@ -76,8 +76,8 @@ def _join(device: torch.device) -> None:
 # %% ../../nbs/50_engine/01_processes.ipynb #fcf44702
 def leave() -> None:
     "Wait for the other processes, take the group down, and reset Accelerate for a training that is launched differently."
-    gc.collect()  # gloo aborts when an object that has used a group outlives it
     if world()[1] > 1:
+        gc.collect()  # gloo aborts when an object that has used a group outlives it
         _left.append(world()[1])
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -30,9 +30,17 @@ from .optimisers import learning_rate
 from .processes import agree, gather_objects, is_main, main_first, processes
 from .results import Result
 from .run import Run, prepare_run, seen_classes
-from ..model.base import FewShotModel
+from ..model.base import FewShotModel, Output
 
 logger = logging.getLogger("fsar")
+
+# %% ../../nbs/50_engine/09_training.ipynb #d640f910
+def _measurements(output: Output, labels: Tensor) -> dict[str, Tensor]:
+    "Return the loss of an episode, the parts of the loss, and the accuracy."
+    parts = {f"loss_{name}": value for name, (_, value) in output.losses.items()}
+    accuracy = (output.logits.argmax(-1) == labels).float().mean()
+    measured = {"loss": output.loss, **parts, "accuracy": accuracy}
+    return {name: value.detach().float() for name, value in measured.items()}
 
 # %% ../../nbs/50_engine/09_training.ipynb #df3d7237
 def run_task(run: Run, batch: EpisodeBatch, step: int, share: float,  # its weight in the step's gradient
@@ -46,10 +54,7 @@ def run_task(run: Run, batch: EpisodeBatch, step: int, share: float,  # its weig
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             output = run.wrapped(batch)
         run.accelerator.backward(output.loss * share)
-    parts = {f"loss_{name}": value for name, (_, value) in output.losses.items()}
-    accuracy = (output.logits.argmax(-1) == batch.query_labels).float().mean()
-    measured = {"loss": output.loss, **parts, "accuracy": accuracy}
-    return {name: value.detach().float() for name, value in measured.items()}
+    return _measurements(output, batch.query_labels)
 
 # %% ../../nbs/50_engine/09_training.ipynb #bcad2b79
 class NonFinite(Exception):
@@ -67,28 +72,37 @@ def _gather_rows(run: Run, step: int, rows: list[dict[str, Tensor]]) -> tuple[li
     indices = [i for rank in range(run.world) for i in run.tasks(step)[rank::run.world]]
     return indices, run.accelerator.gather(local).tolist()
 
+# %% ../../nbs/50_engine/09_training.ipynb #917f57ac
 def _check_finite(step: int, indices: list[int], names: list[str], table: list[list[float]]) -> None:
     "Raise `NonFinite` for the first episode with a value that is not finite."
     for index, values in zip(indices, table):
         if not all(map(math.isfinite, values)): raise NonFinite(step, [index], dict(zip(names, values)))
 
+# %% ../../nbs/50_engine/09_training.ipynb #2bec59f4
+def _set_learning_rate(run: Run, step: int) -> float:
+    "Give the optimiser the learning rate of this step, and return it."
+    config = run.config
+    rate = learning_rate(step, run.steps, lr=config.lr, schedule=config.schedule, warmup=config.warmup)
+    for group in run.optimizer.param_groups: group["lr"] = rate
+    return rate
+
+def _clip_gradient(run: Run) -> float:
+    "Scale the gradient down to `config.clip_norm` where it is longer. Return its length before."
+    return run.accelerator.clip_grad_norm_(run.wrapped.parameters(), run.config.clip_norm or math.inf).item()
+
 # %% ../../nbs/50_engine/09_training.ipynb #c00a49a1
 def run_step(run: Run, batches: Iterator[EpisodeBatch],  # this process's episodes
              step: int) -> dict[str, float]:
     "Take one step. Return the means over its tasks and the gradient's norm. Raise `NonFinite` before the weights change."
-    config = run.config
-    rate = learning_rate(step, run.steps, lr=config.lr, schedule=config.schedule, warmup=config.warmup)
-    for group in run.optimizer.param_groups: group["lr"] = rate
+    rate = _set_learning_rate(run, step)
     run.optimizer.zero_grad()
-
     count = len(run.tasks(step)) // run.world
     rows = [run_task(run, next(batches), step, 1 / count, last=i == count - 1) for i in range(count)]
     if run.traces: run.traces.apply_all(run.accelerator)
-
     names = list(rows[0])
     indices, table = _gather_rows(run, step, rows)
     _check_finite(step, indices, names, table)
-    norm = run.accelerator.clip_grad_norm_(run.wrapped.parameters(), config.clip_norm or math.inf).item()
+    norm = _clip_gradient(run)
     if not math.isfinite(norm): raise NonFinite(step, sorted(indices), {"gradient_norm": norm})
     run.optimizer.step()
     means = {name: sum(column) / len(column) for name, column in zip(names, zip(*table))}
@@ -101,6 +115,7 @@ class EveryNth(Dataset):
         self.episodes, self.first, self.stride = episodes, first, stride
     def __getitem__(self, k: int) -> EpisodeBatch: return self.episodes[self.first + k * self.stride]
 
+# %% ../../nbs/50_engine/09_training.ipynb #dbc6c5bf
 def batches_from(run: Run, episodes: Dataset, step: int) -> Iterator[EpisodeBatch]:
     "Return this process's episodes from `step` on. With `config.workers` they load while the previous step computes."
     share = EveryNth(episodes, run.accelerator.process_index, run.world)
@@ -141,6 +156,7 @@ def _save_best(run: Run, progress: Progress, ci95: float, out: Path) -> None:
     save_model(out / "best", run.model, {"step": progress.step, "accuracy": progress.best_accuracy, "ci95": ci95,
                                          "selection": SELECTION[run.config.protocol], "trained_on": run.seen})
 
+# %% ../../nbs/50_engine/09_training.ipynb #c255e95f
 def run_validation(run: Run, progress: Progress, validate: Validate, out: Path) -> dict[str, float | None]:
     "Validate and keep the weights if they are the best so far. Return the log's two columns."
     result = validate(run.model)
@@ -210,6 +226,7 @@ def training_settings(config: Config, episodes: Dataset) -> dict[str, Any]:
     data = getattr(getattr(episodes, "store", None), "hash", None)
     return {**{name: value for name, value in values.items() if name not in skip}, "data": data}
 
+# %% ../../nbs/50_engine/09_training.ipynb #26c68e63
 def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return the names that differ between two `training_settings`.
 
@@ -238,6 +255,7 @@ def _find_state(out: Path, settings: Mapping[str, Any]) -> tuple[Path, Progress]
     _check_settings(out, record["training"]["settings"], settings)
     return place, Progress(**record["training"]["progress"])
 
+# %% ../../nbs/50_engine/09_training.ipynb #c7424a91
 def _restore(run: Run, found: tuple[Path, Progress] | None) -> Progress:
     "Fill model and optimiser from the state that was found, if any. Return how far the training is."
     if found is None: return Progress(precision=run.precision, processes=run.world)
@@ -267,6 +285,7 @@ def _read_history(path: Path) -> pd.DataFrame:
     "Return the log as a table; an empty one if somebody has deleted it."
     return pd.read_csv(path) if path.exists() and path.stat().st_size else pd.DataFrame()
 
+# %% ../../nbs/50_engine/09_training.ipynb #b3f21821
 def _result(out: Path, config: Config, progress: Progress, reused: bool) -> TrainingResult:
     "Return the summary of a finished training."
     chosen = config.protocol != "last" and progress.best_step is not None
@@ -276,12 +295,14 @@ def _result(out: Path, config: Config, progress: Progress, reused: bool) -> Trai
                           selection=SELECTION[config.protocol if chosen else "last"],
                           seconds=progress.seconds, precision=progress.precision, processes=progress.processes, reused=reused)
 
+# %% ../../nbs/50_engine/09_training.ipynb #b0fd2dd5
 def _release(run: Run) -> None:
     "Wait for all processes, whose files may be read next, and drop what ties the model to them."
     run.optimizer.zero_grad()
     run.wrapped, run.traces = run.model, None
     run.accelerator.wait_for_everyone()
-    run.accelerator.free_memory()
+    collects = run.world > 1 or run.device.type != "cpu"
+    if collects: run.accelerator.free_memory()  # its garbage collection takes longer than a small training
 
 # %% ../../nbs/50_engine/09_training.ipynb #301c1f58
 def train(config: Config, model: FewShotModel,  # with its first weights; trained in place
@@ -309,7 +330,9 @@ def train(config: Config, model: FewShotModel,  # with its first weights; traine
         run.seen = seen_classes(config, episodes)
         state = _restore(run, found)
         journal = Journal(out, run, state.step, progress)
-        try: Training(run, state, settings, episodes, validate, out, journal, on_step, save_seconds).loop()
+        training = Training(run=run, progress=state, settings=settings, episodes=episodes, validate=validate,
+                            out=out, journal=journal, on_step=on_step, save_seconds=save_seconds)
+        try: training.loop()
         except NonFinite as problem: raise explain(run, episodes, problem, out / "nonfinite") from None
         except KeyboardInterrupt:
             message = f"interrupted after step {state.step} of {run.steps}; the same call resumes from the last save"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.basics import FsarError
-from ..data.episodes import EpisodeSampler, episode_table
+from ..data.episodes import EpisodeSampler, EpisodeTable, episode_table
 from ..data.pictures import ACCENT, MUTED, SECOND
 from ..engine.evaluation import gather, testing
 from ..model.base import FewShotModel
@@ -78,6 +78,19 @@ class Trials:
 # %% ../../nbs/80_predict/03_calibration.ipynb #d612f77f
 AT_ONCE = 16  # episodes scored in one batch
 
+def _score_all(model: FewShotModel, embedding: Embedding, table: EpisodeTable, labels: Tensor,  # (E, S) −1 for padding
+               ways: int) -> Tensor:
+    "Return the logits `(n, N)` of all queries of all episodes."
+    logits = []
+    with testing(model):
+        for start in range(0, len(table), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            support, query = gather(embedding, table.support[part]), gather(embedding, table.query[part])
+            support, query = model.adapt(support, labels[part], query)
+            logits.append(model.score(support, labels[part], query, ways).flatten(0, 1).cpu())
+    return torch.cat(logits)
+
+# %% ../../nbs/80_predict/03_calibration.ipynb #94980f42
 def trials_of(model: FewShotModel, embedding: Embedding,  # (V, …) of the videos in `index`, where the model is
               index: pd.DataFrame,  # V rows with columns video, class, split, source; the split is "val"
               data: str,  # what the videos are called, for the record
@@ -94,15 +107,9 @@ def trials_of(model: FewShotModel, embedding: Embedding,  # (V, …) of the vide
     table = episode_table(sampler, episodes)
     labels = torch.from_numpy(table.support_labels).long()
     labels = torch.where(labels == ways, -1, labels).to(Embedding(embedding).device)  # the last way becomes padding
-    logits = []
-    with testing(model):
-        for start in range(0, episodes, AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            support, query = gather(embedding, table.support[part]), gather(embedding, table.query[part])
-            support, query = model.adapt(support, labels[part], query)
-            logits.append(model.score(support, labels[part], query, ways).flatten(0, 1).cpu())
+    logits = _score_all(model, embedding, table, labels, ways)
     about = dict(data=data, classes=classes, ways=ways, shots=list(sampler.shots), queries=queries, episodes=episodes, seed=seed)
-    return Trials(torch.cat(logits), torch.from_numpy(table.query_labels).long().flatten(), about)
+    return Trials(logits, torch.from_numpy(table.query_labels).long().flatten(), about)
 
 # %% ../../nbs/80_predict/03_calibration.ipynb #c216f2be
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def _index_entry(data: str, result: Mapping[str, Any]) -> dict[str, Any]:
             "dataset": {"type": data, "name": data, "split": result["split"]},
             "metrics": [accuracy]}
 
+# %% ../../nbs/80_predict/01_card.ipynb #43f6a55c
 def front_matter(p: Pretrained, name: str) -> str:
     "Return the card's head: licence, tags and results."
     head: dict[str, Any] = {"library_name": "fsar", "license": p.license,
@@ -63,6 +64,7 @@ def _accuracy_row(test: Mapping[str, Any], r: Mapping[str, Any]) -> dict[str, st
             "guessing": f"{100 * r['chance']:.0f} %",
             "episodes": f"{r['episodes']:,}"}
 
+# %% ../../nbs/80_predict/01_card.ipynb #3321c74c
 def _selection(test: Mapping[str, Any]) -> str:
     "Return how the weights were chosen, with a warning if that was on the classes of the test."
     if not test["selected_on"]: return "Weights: the last of training, without selection."
@@ -126,6 +128,7 @@ def _training(test: Mapping[str, Any]) -> dict[str, str]:
     return {"training": f"{t['episodes']:,} episodes, {task}, {t['tasks_per_step']} a step; {start}; seed {t['seed']}",
             "trained by": f"fsar {test['fsar']}{commit}"}
 
+# %% ../../nbs/80_predict/01_card.ipynb #6367fb54
 def description(p: Pretrained) -> dict[str, str]:
     "Return the model in a table of two columns."
     config, short_side, size = p.model.config, p.preprocessing.short_side, p.preprocessing.size

@@ -55,6 +55,7 @@ def run_of(checkpoint: Path) -> dict[str, Any]:
     files = [folder / name for folder in (home, *home.parents[:2]) for name in ("metrics.json", "run.json")]
     return next((read_json(f) for f in files if f.is_file()), {})
 
+# %% ../../nbs/80_predict/02_hub.ipynb #c7896ec8
 def _from_checkpoint(place: Path, given: Mapping[str, int | None]) -> Pretrained:
     "Return the model of a checkpoint's folder, with what its run says."
     folder, record = newest_sound(place)
@@ -93,6 +94,7 @@ def _check_keys(path: Path, part: str, values: Any, keys: Sequence[str]) -> None
     for key in keys:
         if key not in values: raise FsarError(f"{path} lacks the key {part + key!r}")
 
+# %% ../../nbs/80_predict/02_hub.ipynb #6d3ddac3
 def _read_config(path: Path) -> dict[str, Any]:
     "Return what a shared config.json says. Raise `FsarError` for one of another library, a newer one, or one with other keys."
     config = read_json(path)
@@ -130,6 +132,7 @@ def _check_hub_name(name: str) -> str:
                         "accepted: owner/name, of letters, digits, '-', '_' and '.'")
     return name
 
+# %% ../../nbs/80_predict/02_hub.ipynb #d8b4d8df
 def hub_name(place: str | Path) -> str | None:
     "Return `owner/name` where `place` means a repository on the hub, None where it means a folder."
     if not isinstance(place, str): return None
@@ -147,6 +150,7 @@ def client() -> ModuleType:
                         "Models in a folder do not") from e
     return huggingface_hub
 
+# %% ../../nbs/80_predict/02_hub.ipynb #0a60a4ee
 REASONS = {"GatedRepoError": "its owner lets people in one by one: ask on its page, then log in with: hf auth login",
            "RepositoryNotFoundError": "there is no such repository, or it is private and you are not logged in (hf auth login)",
            "RevisionNotFoundError": "it has no such revision",
@@ -167,6 +171,7 @@ def _reason(error: Exception) -> str:
     first_line = next(iter(str(error).splitlines()), "")
     return first_line or type(error).__name__
 
+# %% ../../nbs/80_predict/02_hub.ipynb #0c2940ad
 @contextlib.contextmanager
 def hub_errors(what: str  # for the message
                ) -> Iterator[None]:
@@ -221,6 +226,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise FsarError(f"{folder} holds {present[0]} already: name another folder, or replace it with overwrite=True")
 
+# %% ../../nbs/80_predict/02_hub.ipynb #281ca513
 def save_pretrained(pretrained: Pretrained, folder: str | Path, *, name: str | None = None,  # for the card; None: the folder's
                     license: str | None = None,  # of the weights, such as apache-2.0 or cc-by-nc-4.0; None: unchanged
                     overwrite: bool = False  # replace the model in `folder`

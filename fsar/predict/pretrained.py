@@ -60,6 +60,7 @@ def name_of(video: Video) -> str:
     if isinstance(video, (str, Path)): return str(video)
     return f"array {'×'.join(map(str, getattr(video, 'shape', ())))}"
 
+# %% ../../nbs/80_predict/00_pretrained.ipynb #fffed348
 def frames_of(video: np.ndarray | Tensor) -> np.ndarray:  # uint8 (F, H, W, 3)
     "Return the frames of an array. Raise `FsarError` saying what is accepted."
     if not isinstance(video, (np.ndarray, Tensor)): raise FsarError(f"a video cannot be a {type(video).__name__}. {ARRAYS}")

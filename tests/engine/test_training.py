@@ -1,12 +1,11 @@
 "Training: whatever interrupts it, the same bytes; whatever goes wrong, a message that says so."
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ from fsar.engine.devices import choose_device
 from fsar.engine.run import prepare_run
 
 from disks import small_disk
-from toy_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, ctrl_c, run, settings, tiny, weights
+from toy_training import CLASSES, LONG, METHOD_NAMES, Episodes, Poisoned, child, ctrl_c, killed_at, run, settings, tiny, weights
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
@@ -210,7 +209,7 @@ def test_ctrl_c(reference, tmp_path, steps, save_seconds):
 def test_every_method_resumes_exactly(method, precision, tmp_path):
     "With its own dropout and normalisation, from a checkpoint in the middle."
     config = settings(method=method, frames=3, size=16, short_side=16, episodes=3, tasks_per_step=1, validate_every=0, precision=precision, optimizer="adam")
-    new = lambda: create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
+    def new(): return create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
     episodes = Episodes(frames=new().clip_frames, size=16, ways=2, queries=1)
     run(tmp_path / "straight", config, new(), episodes, None)
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "broken", config, new(), episodes, None, on_step=ctrl_c(2), save_seconds=0)
@@ -219,23 +218,14 @@ def test_every_method_resumes_exactly(method, precision, tmp_path):
     assert load_model(tmp_path / "broken/last", expect_method=method).config["method"] == method
 
 
-LONG = settings(episodes=240, tasks_per_step=2, validate_every=16)
-
-
-def child(out, ready=None):
-    "The training that gets killed, in a process of its own."
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-    warnings.simplefilter("ignore", CheckpointWarning)
-    if ready: ready.set()
-    run(out, LONG, save_seconds=0)
-
-
 @pytest.fixture(scope="module")
 def processes():
     "Children start from a clean process that has imported everything once."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fsar.engine.training"])
+    context.set_forkserver_preload(["toy_training"])
+    with pytest.MonkeyPatch.context() as environment:  # where the server finds it
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -254,7 +244,7 @@ def undisturbed(processes, tmp_path_factory):
 def same_training(one, two):
     assert weights(one) == weights(two) and weights(one, "best") == weights(two, "best")
     logs = [pd.read_csv(out / "log.csv").drop(columns="seconds") for out in (one, two)]
-    assert logs[0].equals(logs[1]) and len(logs[0]) == 120
+    assert logs[0].equals(logs[1]) and len(logs[0]) == LONG.episodes // LONG.tasks_per_step
 
 
 @pytest.mark.timeout(180)
@@ -275,17 +265,6 @@ def test_killed_at_ten_random_moments(processes, undisturbed, tmp_path):
     run(tmp_path / "run", LONG)
     print(f"exit codes {codes}; {half_written} kills left a half-written checkpoint")
     same_training(out, tmp_path / "run")
-
-
-def killed_at(out, count):
-    "The same, ended by SIGKILL right before file operation number `count` inside the output folder."
-    left = iter(range(count))
-
-    def watch(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and (str(out) in str(args[0]) or event in ("os.rmdir", "os.remove")):
-            if next(left, None) is None: os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
-    child(out)
 
 
 @pytest.mark.timeout(240)

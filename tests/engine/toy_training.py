@@ -1,5 +1,8 @@
 "A training that takes a second: random grey clips, a model of a few hundred weights, and a validation of three episodes."
+import os
 import signal
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from fsar.core.basics import generator, torch_seed
 from fsar.core.config import Config
 from fsar.core.files import sha256_file
 from fsar.data.episodes import EpisodeBatch
+from fsar.engine.checkpoints import CheckpointWarning
 from fsar.engine.training import train
 from fsar.model.base import METHODS
 
@@ -28,10 +32,12 @@ class Episodes:
         classes = rng.permutation(CLASSES)[:self.ways]
         labels = torch.arange(self.ways)
         query_labels = labels.repeat_interleave(self.queries)
-        clip = lambda c: torch.from_numpy((40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
-                                           + rng.normal(0, 120, (self.frames, 3, self.size, self.size))).clip(0, 255).astype("uint8"))
-        return EpisodeBatch(torch.stack([clip(classes[y]) for y in labels]), labels, torch.stack([clip(classes[y]) for y in query_labels]), query_labels,
-                            torch.from_numpy(classes), index)
+        def clip(c):
+            level = 40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
+            noise = rng.normal(0, 120, (self.frames, 3, self.size, self.size))
+            return torch.from_numpy((level + noise).clip(0, 255).astype("uint8"))
+        support, query = (torch.stack([clip(classes[y]) for y in ways]) for ways in (labels, query_labels))
+        return EpisodeBatch(support, labels, query, query_labels, torch.from_numpy(classes), index)
 
 
 def tiny(seed=0):
@@ -56,8 +62,8 @@ def accuracy(model):
     return SimpleNamespace(accuracy=right.mean().item(), ci95=right.std().item())
 
 
-def run(out, config=settings(), model=None, episodes=None, validate=accuracy, **kwargs):
-    return train(config, model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
+def run(out, config=None, model=None, episodes=None, validate=accuracy, **kwargs):
+    return train(config or settings(), model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
 
 
 def weights(out, name="last"): return sha256_file(Path(out) / name / "model.safetensors")
@@ -75,3 +81,28 @@ class Poisoned(Episodes):
         episode = super().__getitem__(index)
         if index == 9: episode.query, episode.support = episode.query / torch.tensor(0.0), episode.support / 255
         return episode
+
+
+# trainings that get killed: here, because a child that starts must import what it runs
+
+LONG = settings(episodes=240, tasks_per_step=2, validate_every=16)
+
+
+def child(out, ready=None):
+    "The training that gets killed, in a process of its own."
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    warnings.simplefilter("ignore", CheckpointWarning)
+    if ready: ready.set()
+    run(out, LONG, save_seconds=0)
+
+
+def killed_at(out, count):
+    "The same, ended by SIGKILL right before file operation number `count` inside the output folder."
+    left = iter(range(count))
+
+    def watch(event, args):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and (str(out) in str(args[0]) or event in ("os.rmdir", "os.remove")):
+            if next(left, None) is None: os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    child(out)

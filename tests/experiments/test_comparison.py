@@ -265,7 +265,7 @@ def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked)
     assert metrics["rows"]["hot"]["failed"] == [{"seed": 0, "reason": record["reason"]}] and metrics["rows"]["protonet"]["seeds"] == [0]
     assert "1 of 2 runs FAILED" in metrics["headline"] and metrics["differences"] == [] and "hot, seed 0, did not finish" in side_by_side.failures(metrics)[0]
     assert list(side_by_side.answer_table(metrics)["seeds"]) == ["1", "0 of 1"]
-    side_by_side.methods_figure(metrics), side_by_side.pairs_figure(metrics), side_by_side.limits(metrics), side_by_side.shown(metrics), side_by_side.question(metrics)
+    side_by_side.methods_figure(metrics), side_by_side.pairs_figure(metrics), side_by_side.limits(metrics), side_by_side.findings(metrics), side_by_side.question(metrics)
     assert comparison.comparison_metrics(some, rows, [0], data, reference="hot")["differences"] == []
     with pytest.raises(FsarError, match="none of the 1 runs finished; hot-0: training stopped"): comparison.comparison_metrics(some, rows[1:], [0], data)
 

@@ -114,9 +114,9 @@ def test_tables_follow_the_flag(tiny_store):
 
 
 def test_the_set_up_says_it_where_the_lists_tell_recordings():
-    assert reports.recordings({"data": {"benchmark": "ucf101"}, "config": {"groups": False}}) == {"query and support from different recordings": "no, as in the literature"}
-    assert reports.recordings({"data": {"benchmark": "hmdb51"}, "config": {"groups": True}}) == {"query and support from different recordings": "yes"}
-    assert not any(reports.recordings({"data": {"benchmark": d}, "config": {"groups": False}}) for d in (None, *(k for k, b in BENCHMARKS.items() if not b.source)))
+    assert reports.recordings_row({"data": {"benchmark": "ucf101"}, "config": {"groups": False}}) == {"query and support from different recordings": "no, as in the literature"}
+    assert reports.recordings_row({"data": {"benchmark": "hmdb51"}, "config": {"groups": True}}) == {"query and support from different recordings": "yes"}
+    assert not any(reports.recordings_row({"data": {"benchmark": d}, "config": {"groups": False}}) for d in (None, *(k for k, b in BENCHMARKS.items() if not b.source)))
 
 
 # ---- the report

@@ -26,7 +26,7 @@ from fsar.model.registry import create_model
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
 forms = pytest.mark.parametrize("method, variant, sampler", FORMS, ids=["-".join(filter(None, (s, m, v))) for m, v, s in FORMS])
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")
-REPORT = Path(__file__).parent.parent / "reports" / "quickstart" / "metrics.json"
+REPORT = Path(__file__).parents[2] / "reports" / "quickstart" / "metrics.json"
 
 
 def small(method="protonet", variant="paper", sampler="", seed=1):
