@@ -550,13 +550,13 @@ def answer_note(metrics: Metrics) -> str:
     return (f"Mean accuracy {trainings} ± 95 % interval over the {episodes:,} test episodes. "
             f"Guessing gives {' to '.join(map(percent, chances))}{on_pairs}.")
 
-# %% ../../nbs/70_experiments/08_studies.ipynb #1a01d409
+# %% ../../nbs/70_experiments/08_studies.ipynb #95e9d4ab
 def show_published(metrics: Metrics) -> None:
     "On a public benchmark, display the published rows next to ours, and what differs in the protocol."
-    found = published.beside(metrics)
+    found = published.compare_published(metrics)
     if not len(found): return
-    _show("## Beside published results")
-    reports.show_table(published.beside_table(found))
+    _show("## Next to published results")
+    reports.show_table(published.published_table(found))
     show_bullets(published.protocol_differences(metrics))
 
 # %% ../../nbs/70_experiments/08_studies.ipynb #fe837493
