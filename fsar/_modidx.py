@@ -1778,6 +1778,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fsar/experiments/protocol.py'),
                                            'fsar.experiments.protocol.pair_accuracies': ( '70_experiments/protocol.html#pair_accuracies',
                                                                                           'fsar/experiments/protocol.py'),
+                                           'fsar.experiments.protocol.precision_of': ( '70_experiments/protocol.html#precision_of',
+                                                                                       'fsar/experiments/protocol.py'),
                                            'fsar.experiments.protocol.result_numbers': ( '70_experiments/protocol.html#result_numbers',
                                                                                          'fsar/experiments/protocol.py'),
                                            'fsar.experiments.protocol.reversed_numbers': ( '70_experiments/protocol.html#reversed_numbers',
