@@ -39,13 +39,14 @@ def dataset_kind(config: Config) -> str:  # 'motions', 'benchmark', 'store' or '
 
 # %% ../../nbs/10_data/09_datasets.ipynb #4146c3da
 def manifest(config: Config, *, progress: bool = True) -> tuple[pd.DataFrame, Path]:
-    "Return the table of videos that `config` asks for, and their folder. Render `motions` if it is not in the cache yet."
+    "Return the table of videos that `config` asks for, and their folder. Render `motions` if the cache does not have it."
     kind = dataset_kind(config)
     if kind == "benchmark": return _benchmark(config), Path(config.videos)
     root = rendered_folder(PRESETS[config.dataset], progress) if kind == "motions" else Path(config.dataset)
     given = {split: getattr(config, f"{split}_classes") for split in SPLITS}
     patterns = {split: classes for split, classes in given.items() if classes}
-    return folder_manifest(root, splits=config.splits or None, patterns=patterns or None, source=config.source or None), root
+    table = folder_manifest(root, splits=config.splits or None, patterns=patterns or None, source=config.source or None)
+    return table, root
 
 def _benchmark(config: Config) -> pd.DataFrame:
     "Return the manifest of a public benchmark."
@@ -89,7 +90,7 @@ class Data:
 def prepare_data(config: Config, *, progress: bool = True,
                  **how: Any  # quality, workers, timeout, update of `fsar.data.store.prepare`
                  ) -> Data:
-    "Render, read and prepare what `config` asks for. Reuse what is in the cache; open a store that is prepared already."
+    "Render, read and prepare what `config` asks for. Reuse what is in the cache, or open a prepared store."
     if dataset_kind(config) == "store": return open_data(config)
     with collect_warnings() as notes:
         table, root = manifest(config, progress=progress)
@@ -112,30 +113,32 @@ def _is_rendered(root: Path) -> bool: return (root / "motions.json").exists()
 # %% ../../nbs/10_data/09_datasets.ipynb #d57a82d9
 QUALITY, FINE = 90, 95  # of JPEG frames: of filmed videos, of rendered ones
 
-def _prepare_store(config: Config, table: pd.DataFrame, root: Path, digest: str, progress: bool, how: Mapping[str, Any]) -> Store:
+def _prepare_store(config: Config, table: pd.DataFrame, root: Path, digest: str, progress: bool,
+                   how: Mapping[str, Any]) -> Store:
     "Return the store of a manifest, in `config.store` or in the cache."
     name, rendered = _name(config, root), _is_rendered(root)
     settings: dict[str, Any] = {"short_side": config.short_side, "max_frames": config.max_frames or None}
     if not rendered: settings["quality"] = how.get("quality", QUALITY)
-    key = sha256_json([digest, settings])[:12]
-    path = Path(config.store) if config.store else cache_dir() / "stores" / f"{name}-{key}"
+    path = Path(config.store)
+    if not config.store: path = cache_dir() / "stores" / f"{name}-{sha256_json([digest, settings])[:12]}"
     with writing(path): path.parent.mkdir(parents=True, exist_ok=True)
     table.attrs["origin"] = {"name": name, "rendered": rendered}
     return prepare(table, path, **{"quality": FINE, **how, **settings}, progress=progress)
 
-# %% ../../nbs/10_data/09_datasets.ipynb #8ec192c6
+# %% ../../nbs/10_data/09_datasets.ipynb #4c6e4d78
 def prepare_rendered(preset: MotionsConfig,  # for instance a preset with one value changed
                      *, short_side: int = 72, progress: bool = True) -> Data:
     "Render `preset` into the cache and prepare it. Takes of one recording get this recording as their source."
     folder = rendered_folder(preset, progress)
     source = RECORDING if preset.takes > 1 else ""
-    return prepare_data(Config(dataset=str(folder), source=source, short_side=short_side, size=min(64, short_side)), progress=progress)
+    config = Config(dataset=str(folder), source=source, short_side=short_side, size=min(64, short_side))
+    return prepare_data(config, progress=progress)
 
 # %% ../../nbs/10_data/09_datasets.ipynb #e0a10344
-FIXED = ("videos", "splits", "source", "store", "train_classes", "val_classes", "test_classes", "train_size")  # by a store
+FIXED = ("videos", "splits", "source", "store", "train_classes", "val_classes", "test_classes", "train_size")
 
 def open_data(config: Config) -> Data:
-    "Open the store `config.dataset`. Raise `FsarError` if the configuration asks for other frames or splits than it has."
+    "Open the store `config.dataset`. Raise `FsarError` if the configuration contradicts it."
     store = open_store(config.dataset)
     side = store.settings["short_side"]
     if side != config.short_side:
@@ -168,20 +171,20 @@ def _split_order(column: pd.Series) -> pd.Series:
     if column.name != "split": return column
     return column.map({split: k for k, split in enumerate(SPLITS)})
 
-# %% ../../nbs/10_data/09_datasets.ipynb #2c3e716a
-def split_table(store: Store) -> pd.DataFrame:  # one row a split: classes, videos, missing, unreadable, fewest in a class, frames
-    "Count the videos of each split, and show how long they are."
+# %% ../../nbs/10_data/09_datasets.ipynb #62207320
+def split_table(store: Store) -> pd.DataFrame:  # one row a split
+    "Count the classes and videos of each split, and show how long the videos are."
     rows = []
     for split, part in class_table(store).groupby("split", sort=False):
         frames = store.index.frames[store.index["split"] == split]
-        row: dict[str, Any] = {"split": split}
-        row["classes"] = f"{(part.usable > 0).sum()} of {len(part)}"
-        row["videos"] = count_text(part.usable.sum(), part.listed.sum())
-        row["missing"] = part.missing.sum()
-        row["unreadable"] = part.unreadable.sum()
-        row["fewest in a class"] = part.usable.min()
-        row["frames"] = f"{frames.min()}–{frames.max()}" if len(frames) else "–"
-        rows.append(row)
+        rows.append({
+            "split": split,
+            "classes": f"{(part.usable > 0).sum()} of {len(part)}",
+            "videos": count_text(part.usable.sum(), part.listed.sum()),
+            "missing": part.missing.sum(),
+            "unreadable": part.unreadable.sum(),
+            "fewest in a class": part.usable.min(),
+            "frames": f"{frames.min()}–{frames.max()}" if len(frames) else "–"})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/10_data/09_datasets.ipynb #612e66c6
@@ -207,9 +210,11 @@ class StoreCheck:
         if self.damaged: lines.append(f"frames damaged: {_first(self.damaged)}: delete the store and prepare it again")
         if self.different: lines.append(f"other pictures than the original's: {_first(self.different)}")
         if self.surplus: lines.append(f"{self.surplus} blocks of frames belong to no video of the index")
-        if self.rewritten: lines.append(f"{self.rewritten} to the same pictures in other bytes: another version of the decoding libraries")
+        if self.rewritten:
+            lines.append(f"{self.rewritten} to the same pictures in other bytes: another version of the decoding libraries")
         if self.gone: lines.append(f"{self.gone} originals of the sample have moved, or their place is not known")
-        if self.changed: lines.append(f"edited since: {_first(self.changed)}: fsar data prepare … --update takes them in")
+        if self.changed:
+            lines.append(f"edited since: {_first(self.changed)}: fsar data prepare … --update takes them in")
         return "\n".join(lines)
 
 def _first(videos: tuple[str, ...], most: int = 5) -> str:
@@ -238,8 +243,8 @@ def _decode_again(store: Store, row: int) -> str:  # same, rewritten, different,
     path, unchanged = original(store, row)
     if path is None: return "gone"
     if not unchanged: return "changed"
-    settings = store.settings
-    record, block = prepare_video(path, settings["short_side"], settings["max_frames"], settings["quality"], timeout=120.0)
+    settings = {name: store.settings[name] for name in ("short_side", "max_frames", "quality")}
+    record, block = prepare_video(path, **settings, timeout=120.0)
     if record.get("digest") == store.index.digest[row]: return "same"
     if "reason" in record or record["frames"] != store.index.frames[row]: return "different"
     frames = range(record["frames"])
@@ -274,7 +279,7 @@ def _still_videos(store: Store) -> str:
 
 # %% ../../nbs/10_data/09_datasets.ipynb #3738adcd
 def prepare_and_summarise(config: Config, *, progress: bool = True, **how: Any) -> dict[str, Any]:
-    "Prepare a data set and return its summary as JSON values. Write the counts of all classes to `classes.csv` in the store."
+    "Prepare a data set and return its summary as JSON values. Write the counts of all classes to the store's `classes.csv`."
     began = time.monotonic()
     data = prepare_data(config, progress=progress, **how)
     store, classes = data.store, class_table(data.store)
@@ -295,25 +300,37 @@ def _json_rows(table: pd.DataFrame) -> list[dict]:
 # %% ../../nbs/10_data/09_datasets.ipynb #f64a5832
 def prepared_text(summary: Mapping[str, Any], most: int = 8) -> str:
     "Return a summary of `prepare_and_summarise` as text for a terminal, with at most `most` lines of each list."
-    store, side, incomplete, unreadable = (summary[name] for name in ("store", "short_side", "incomplete", "unreadable"))
-    minutes, seconds = divmod(round(summary["seconds"]), 60)
-    size, each = size_text(summary["bytes"]), size_text(summary["bytes"] / summary["videos"])
-    lines = [f"{summary['name']}: {count_text(summary['videos'], summary['listed'])} videos prepared in {store}",
-             f"{size}, {each} a video, {minutes} min {seconds} s", "",
-             pd.DataFrame(summary["splits"]).to_string(index=False), ""]
-    if incomplete:
-        lines.append(f"{len(incomplete)} classes lack videos (all in classes.csv), the fewest first:")
-        lines += _shortened([f"  {row['split']} {row['class']}: {row['usable']} of {row['listed']}" for row in incomplete], most)
-    if summary["missing"]: lines.append(f"missing: {summary['missing']:,} videos, listed in {store}/missing.csv")
-    if unreadable:
-        lines.append(f"unreadable: {len(unreadable):,} videos, listed in {store}/quarantine.csv:")
-        lines += _shortened([f"  {row['path']}: {row['reason']}" for row in unreadable], most)
-    lines.append(f"next: fsar data show {store} --out sheets")
-    lines.append(f"      fsar train --dataset {store} --short-side {side} --size {_crop_size(side)} --out reports/{summary['name']}")
+    splits = pd.DataFrame(summary["splits"]).to_string(index=False)
+    lines = [*_size_lines(summary), "", splits, "", *_gap_lines(summary, most), *_next_lines(summary)]
     return "\n".join(lines)
 
-def _shortened(lines: list[str], most: int) -> list[str]: return [*lines[:most], "  …"] if len(lines) > most else lines
+def _size_lines(summary: Mapping[str, Any]) -> list[str]:
+    "Return how many videos are prepared, how large they are and how long it took."
+    videos = count_text(summary["videos"], summary["listed"])
+    size, each = size_text(summary["bytes"]), size_text(summary["bytes"] / summary["videos"])
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    return [f"{summary['name']}: {videos} videos prepared in {summary['store']}",
+            f"{size}, {each} a video, {minutes} min {seconds} s"]
 
-def _crop_size(short_side: int) -> int:
-    "Return a size for training: 7/8 of the short side in steps of 8 pixels, e.g. 224 for 256."
-    return round(short_side * 7 / 64) * 8 or short_side
+def _next_lines(summary: Mapping[str, Any]) -> list[str]:
+    "Return the commands that may come next."
+    store, side = summary["store"], summary["short_side"]
+    size = round(side * 7 / 64) * 8 or side  # 7/8 of the short side in steps of 8 pixels, e.g. 224 for 256
+    return [f"next: fsar data show {store} --out sheets",
+            f"      fsar train --dataset {store} --short-side {side} --size {size} --out reports/{summary['name']}"]
+
+# %% ../../nbs/10_data/09_datasets.ipynb #67c4af07
+def _gap_lines(summary: Mapping[str, Any], most: int) -> list[str]:
+    "Return what a prepared data set lacks."
+    lines, store = [], summary["store"]
+    incomplete, missing, unreadable = summary["incomplete"], summary["missing"], summary["unreadable"]
+    if incomplete:
+        lines.append(f"{len(incomplete)} classes lack videos (all in classes.csv), the fewest first:")
+        lines += [f"  {row['split']} {row['class']}: {row['usable']} of {row['listed']}" for row in incomplete[:most]]
+        if len(incomplete) > most: lines.append("  …")
+    if missing: lines.append(f"missing: {missing:,} videos, listed in {store}/missing.csv")
+    if unreadable:
+        lines.append(f"unreadable: {len(unreadable):,} videos, listed in {store}/quarantine.csv:")
+        lines += [f"  {row['path']}: {row['reason']}" for row in unreadable[:most]]
+        if len(unreadable) > most: lines.append("  …")
+    return lines

@@ -41,7 +41,7 @@ def prepare_video(path: str, short_side: int, max_frames: int | None, quality: i
                   timeout: float,             # seconds
                   backend: str | None = None  # as in `decode_all`
                   ) -> tuple[Record, bytes]:
-    "Return the record and the block of a video. If the video cannot be used, the record has a `reason` and the block is empty."
+    "Return the record and the block of a video. If it cannot be used, the record has a `reason` and the block is empty."
     before = file_stamp(path)
     how = {"short_side": short_side, "max_frames": max_frames, "timeout": timeout, "backend": backend}
     try: record, block = _decode(path, quality, **how)
@@ -53,7 +53,7 @@ def prepare_video(path: str, short_side: int, max_frames: int | None, quality: i
     if file_stamp(path) != before: return {**record, "reason": "it changed while it was read"}, b""
     return record, block
 
-# %% ../../nbs/10_data/07_decoding.ipynb #096feef4
+# %% ../../nbs/10_data/07_decoding.ipynb #58d5f904
 def _decode(path: str, quality: int, **how: Any  # arguments of `decode_all`
             ) -> tuple[Record, bytes]:
     "Return the record and the block of a video that can be decoded."
@@ -195,7 +195,7 @@ def decode_many(requests: Sequence[tuple[Any, dict[str, Any]]],  # (any name for
             yield name, *answer
     finally: _close(pool, threads, answers)
 
-# %% ../../nbs/10_data/07_decoding.ipynb #fa7446ca
+# %% ../../nbs/10_data/07_decoding.ipynb #50d8d889
 def _feed(worker: Worker, tasks: queue.SimpleQueue, answers: queue.Queue) -> None:
     "Give a worker one request after the other. An exception of the worker is put in the place of its answer."
     with contextlib.suppress(queue.Empty):

@@ -68,7 +68,7 @@ def _rows_of_split(index: pd.DataFrame, split: str) -> np.ndarray:
 def separable(held: int,              # videos of the sources that are on the support side already
               others: Iterable[int],  # sizes of the sources that are not divided yet
               shots: int, queries: int) -> bool:
-    "Return whether the other sources can be divided so that the support side has `shots` videos and the query side `queries`."
+    "Return whether the other sources can be divided so that support and query side get `shots` and `queries` videos."
     others = list(others)
     reachable = functools.reduce(lambda sums, size: sums | sums << size, others, 1 << held)
     most = held + sum(others) - queries  # with more than that on the support side there are too few queries
@@ -90,7 +90,8 @@ def _without_sources(order: np.ndarray, sources: np.ndarray, support: np.ndarray
 
 def _walk(order: np.ndarray, sources: np.ndarray, shots: int, queries: int) -> np.ndarray:
     "Return the first `shots` videos in `order` whose sources leave enough queries."
-    sizes = {source: int(size) for source, size in zip(*np.unique(sources, return_counts=True))}  # of sources that are still free
+    names, counts = np.unique(sources, return_counts=True)
+    sizes = dict(zip(names.tolist(), counts.tolist()))  # of the sources that are still free
     support, held = [], 0  # held: videos of the sources on the support side
     for video in order:
         source = sources[video]
@@ -121,7 +122,7 @@ class Episode:
 class EpisodeSampler:
     "Episodes of a split as a pure function of (seed, epoch, index)."
 
-    def __init__(self, videos: Store | pd.DataFrame,  # a prepared store, or a table with columns video, class, split, source
+    def __init__(self, videos: Store | pd.DataFrame,  # as in `class_pool`
                  split: str, *, ways: int,
                  shots: int | tuple[int, int],  # of each class; (lowest, highest) draws the number for each class
                  queries: int,                  # of each class
@@ -170,7 +171,8 @@ def _check_numbers(s: EpisodeSampler) -> None:
     if len(s.shots) != 2 or not 1 <= s.shots[0] <= s.shots[1]:
         raise FsarError(f"shots={s.shots}: a number from 1, or (lowest, highest) with 1 ≤ lowest ≤ highest")
     if len(names) < s.ways:
-        raise FsarError(f"split {s.pool.split!r} has {len(names)} classes, {s.ways}-way episodes need {s.ways}: {', '.join(names)}")
+        raise FsarError(f"split {s.pool.split!r} has {len(names)} classes, "
+                        f"{s.ways}-way episodes need {s.ways}: {', '.join(names)}")
 
 def _pair_indices(pool: ClassPool, pairs: Sequence[tuple[str, str]], ways: int) -> np.ndarray:  # (P, 2)
     "Return the class indices of the pairs. Raise `FsarError` for a class that the split does not have."
@@ -179,7 +181,8 @@ def _pair_indices(pool: ClassPool, pairs: Sequence[tuple[str, str]], ways: int) 
     names = pool.names
     for name in (name for pair in pairs for name in pair):
         if name not in names:
-            raise FsarError(f"pairs: no class {name!r} in split {pool.split!r}.{nearest(name, names)} It has: {', '.join(names)}")
+            raise FsarError(f"pairs: no class {name!r} in split {pool.split!r}.{nearest(name, names)} "
+                            f"It has: {', '.join(names)}")
     return np.array([[names.index(first), names.index(second)] for first, second in pairs])
 
 # %% ../../nbs/10_data/11_episodes.ipynb #828c7cbe
@@ -219,12 +222,13 @@ class EpisodeTable:
     query: np.ndarray           # (E, Q)
     query_labels: np.ndarray    # (E, Q)
     classes: np.ndarray         # (E, N) index of the class in the split
-    info: Mapping[str, Any]     # split, class_names, ways, shots, queries, seed, epoch, videos (hash); apart, if it is False
+    info: Mapping[str, Any]     # how they were drawn, see `episode_table`
 
     def __len__(self) -> int: return len(self.classes)
 
     @property
-    def arrays(self) -> dict[str, np.ndarray]: return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "info"}
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "info"}
 
     @functools.cached_property
     def hash(self) -> str: return sha256_json([dict(self.info), sha256_arrays(*self.arrays.values())])
@@ -235,8 +239,8 @@ class EpisodeTable:
     def __getitem__(self, index: int) -> Episode:
         "Return one episode without its padding."
         real = self.support_labels[index] >= 0
-        return Episode(self.classes[index], support=self.support[index][real], support_labels=self.support_labels[index][real],
-                       query=self.query[index], query_labels=self.query_labels[index])
+        support, support_labels = self.support[index][real], self.support_labels[index][real]
+        return Episode(self.classes[index], support, support_labels, self.query[index], self.query_labels[index])
 
     @property
     def rows(self) -> np.ndarray:
@@ -262,18 +266,20 @@ class EpisodeTable:
         "Read a saved table. Raise `FsarError` if it is missing, damaged, altered, or made for other videos."
         table, promised = _read_table(Path(path))
         if table.hash != promised:
-            raise FsarError(f"{path}: the episodes do not match their hash ({table.hash[:12]}… instead of {promised[:12]}…): "
-                        "the file was altered")
+            hashes = f"{table.hash[:12]}… instead of {promised[:12]}…"
+            raise FsarError(f"{path}: the episodes do not match their hash ({hashes}): the file was altered")
         if videos is not None and class_pool(videos, table.info["split"]).videos != table.info["videos"]:
-            raise FsarError(f"{path} was drawn from other videos than those of split {table.info['split']!r} here: draw the episodes again")
+            raise FsarError(f"{path} was drawn from other videos than those of split {table.info['split']!r} here: "
+                        "draw the episodes again")
         return table
 
 # %% ../../nbs/10_data/11_episodes.ipynb #eae4ef87
 def episode_table(sampler: EpisodeSampler, count: int, *, epoch: int = 0) -> EpisodeTable:
     "Return episodes 0 … count−1 of `sampler`."
-    support, query = sampler.ways * sampler.shots[1], sampler.ways * sampler.queries
-    widths = {"support": support, "support_labels": support, "query": query, "query_labels": query, "classes": sampler.ways}
-    arrays = {name: np.full((count, width), -1, np.int32) for name, width in widths.items()}
+    ways, supports, queries = sampler.ways, sampler.ways * sampler.shots[1], sampler.ways * sampler.queries
+    def padding(width: int) -> np.ndarray: return np.full((count, width), -1, np.int32)
+    arrays = {"support": padding(supports), "support_labels": padding(supports),
+              "query": padding(queries), "query_labels": padding(queries), "classes": padding(ways)}
     for i in range(count):
         episode = sampler(i, epoch)
         for name, array in arrays.items():
@@ -284,9 +290,10 @@ def episode_table(sampler: EpisodeSampler, count: int, *, epoch: int = 0) -> Epi
 def _table_info(sampler: EpisodeSampler, epoch: int) -> dict[str, Any]:
     "Return how the episodes of a table were drawn."
     pool = sampler.pool
-    info = {"split": pool.split, "class_names": list(pool.names), "ways": sampler.ways, "shots": [int(k) for k in sampler.shots],
-            "queries": sampler.queries, "seed": sampler.seed, "epoch": epoch, "videos": pool.videos}
-    if not sampler.apart: info["apart"] = False  # tables of earlier versions, which could not ignore sources, keep their hash
+    info = {"split": pool.split, "class_names": list(pool.names), "ways": sampler.ways,
+            "shots": [int(k) for k in sampler.shots], "queries": sampler.queries,
+            "seed": sampler.seed, "epoch": epoch, "videos": pool.videos}
+    if not sampler.apart: info["apart"] = False  # never True: tables of earlier versions keep their hash
     return info
 
 # %% ../../nbs/10_data/11_episodes.ipynb #53f1f84a
@@ -314,7 +321,7 @@ class EpisodeBatch:
 
     @property
     def clips(self) -> Tensor:
-        "All clips (S + Q, T, 3, H, W), support first. A view if support and query are neighbours in memory, as from the loader."
+        "All clips (S + Q, T, 3, H, W), support first. A view if support and query are neighbours in memory."
         return cat_neighbours(self.support, self.query)
 
     def to(self, device: torch.device | str) -> "EpisodeBatch":
@@ -328,14 +335,15 @@ class EpisodeBatch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "EpisodeBatch":
         "Change every tensor. The clips are changed together, so that they stay neighbours."
         support, query = change(self.clips).split([len(self.support), len(self.query)])
-        labels: dict[str, Any] = {name: change(getattr(self, name)) for name in ("support_labels", "query_labels", "class_ids")}
-        return replace(self, support=support, query=query, **labels)
+        labels, query_labels, class_ids = map(change, (self.support_labels, self.query_labels, self.class_ids))
+        return EpisodeBatch(support, labels, query, query_labels, class_ids, self.index)
 
 def _as_batch(episode: Episode, clips: Tensor, index: int) -> EpisodeBatch:
     "Return the batch of an episode from its clips (S + Q, T, 3, H, W)."
     def integers(array: np.ndarray) -> Tensor: return torch.from_numpy(array.astype(np.int64))
     support, query = clips.split([len(episode.support), len(episode.query)])
-    return EpisodeBatch(support, integers(episode.support_labels), query, integers(episode.query_labels), integers(episode.classes), index)
+    labels, query_labels = integers(episode.support_labels), integers(episode.query_labels)
+    return EpisodeBatch(support, labels, query, query_labels, integers(episode.classes), index)
 
 # %% ../../nbs/10_data/11_episodes.ipynb #e723e974
 def cat_neighbours(first: Tensor, second: Tensor) -> Tensor:
@@ -345,7 +353,7 @@ def cat_neighbours(first: Tensor, second: Tensor) -> Tensor:
 
 def _are_neighbours(first: Tensor, second: Tensor) -> bool:
     if first.device.type == "meta" or not _same_layout(first, second): return False
-    if first.requires_grad or second.requires_grad: return False  # through the view a gradient would reach only the first
+    if first.requires_grad or second.requires_grad: return False  # a view would pass gradients to the first only
     storage = first.untyped_storage().data_ptr()
     end = first.storage_offset() + len(first) * first.stride(0)
     same_storage = storage != 0 and storage == second.untyped_storage().data_ptr()
@@ -353,7 +361,8 @@ def _are_neighbours(first: Tensor, second: Tensor) -> bool:
 
 def _same_layout(first: Tensor, second: Tensor) -> bool:
     "Return whether two tensors differ at most in their length and place."
-    return first.dtype == second.dtype and first.shape[1:] == second.shape[1:] and first.stride() == second.stride()
+    if first.dtype != second.dtype: return False
+    return first.shape[1:] == second.shape[1:] and first.stride() == second.stride()
 
 # %% ../../nbs/10_data/11_episodes.ipynb #afe2087b
 class EpisodeClips(Dataset):
@@ -379,7 +388,8 @@ class EpisodeClips(Dataset):
 class VideoClips(Dataset):
     "Test clips: item `k` is the video at `rows[k]`, centred in time and space."
 
-    def __init__(self, store: Store, rows: Sequence[int] | np.ndarray, *, frames: int, transform: TestTransform) -> None:
+    def __init__(self, store: Store, rows: Sequence[int] | np.ndarray, *, frames: int,  # T
+                 transform: TestTransform) -> None:
         self.store, self.frames, self.transform = store, frames, transform
         self.rows = np.asarray(rows, dtype=np.int64)
         self._lengths = store.index["frames"].to_numpy()
@@ -440,13 +450,14 @@ def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the class
 
 def _positions(labels: Tensor, way: int) -> list[int]: return (labels == way).nonzero().flatten().tolist()
 
-# %% ../../nbs/10_data/11_episodes.ipynb #3f2eafc6
+# %% ../../nbs/10_data/11_episodes.ipynb #0abccb1c
 def _strip_axes(clips: Tensor, lines: int, width: float) -> tuple["Figure", np.ndarray]:  # axes (lines, 2)
     "Return a figure with two columns of axes, each with room for a film strip and its title."
     import matplotlib.pyplot as plt
     _, frames, _, height_px, width_px = clips.shape
     strip_height = width / 2 * height_px / (width_px * frames)
-    fig, axes = plt.subplots(lines, 2, squeeze=False, layout="constrained", figsize=(width, lines * (strip_height + 0.25)))
+    size = width, lines * (strip_height + 0.25)
+    fig, axes = plt.subplots(lines, 2, squeeze=False, layout="constrained", figsize=size)
     for ax in axes.flat: ax.axis("off")
     return fig, axes
 

@@ -51,7 +51,8 @@ class Section:
 def _count(shown: int, there: int, noun: str, plural: str = "") -> str:
     "Return for example `4 of 30 videos`, or `30 videos` if all are shown."
     if there != 1: noun = plural or noun + "s"
-    return f"{shown:,} of {there:,} {noun}" if shown < there else f"{there:,} {noun}"
+    if shown == there: return f"{there:,} {noun}"
+    return f"{shown:,} of {there:,} {noun}"
 
 def _choose(rows: np.ndarray, count: int, key: tuple[int, ...] | None) -> np.ndarray:
     "Return at most `count` rows in their order, spread evenly or drawn at random with `key`."
@@ -62,7 +63,7 @@ def _choose(rows: np.ndarray, count: int, key: tuple[int, ...] | None) -> np.nda
 Groups = dict[tuple[str, str], np.ndarray]  # (split, class) → rows of the store
 
 def _groups(store: Store, split: str | None, classes: Sequence[str]) -> Groups:
-    "Return the classes for a sheet, train before val before test. Raise `FsarError` for a class or split that is not there."
+    "Return the classes for a sheet, train before val before test. Raise `FsarError` for an unknown class or split."
     if split is not None: store.split(split)  # an unknown split is an error
     found = {key: part.index.to_numpy() for key, part in store.index.groupby(["split", "class"], sort=False)}
     if split is not None: found = {key: rows for key, rows in found.items() if key[0] == split}
@@ -104,9 +105,11 @@ class Sheet:
 
     def notes(self) -> list[str]:
         "Return sentences on what the sheet shows and how to see more."
-        shown, usable = sum(len(s.rows) for s in self.sections), sum(s.usable for s in self.sections)
+        shown = sum(len(section.rows) for section in self.sections)
+        usable = sum(section.usable for section in self.sections)
         classes = _count(len(self.sections), len(self.sections), "class", "classes")
-        found = [f"{_count(shown, usable, 'video')} of {classes}; up to {self.frames} frames of each, from first to last."]
+        videos = _count(shown, usable, "video")
+        found = [f"{videos} of {classes}; up to {self.frames} frames of each, from first to last."]
         if shown < usable:
             more = "More of one class:" if len(self.sections) > 1 else "More of it, with a larger number of videos:"
             found.append(f"{more} fsar data show {self.store.path.name} --class NAME --out FOLDER")
@@ -124,7 +127,11 @@ class Sheet:
         return _with_margin(in_a_column(parts, gap=22))
 
     def _captioned_strips(self, section: Section) -> list[Image.Image]:
-        return [_captioned(strip(self.store, row, self.frames, self.height), *_label(self.store, row)) for row in section.rows]
+        pictures = []
+        for row in section.rows:
+            name, facts = _label(self.store, row)
+            pictures.append(_captioned(strip(self.store, row, self.frames, self.height), name, facts))
+        return pictures
 
     def _head(self, width: int) -> Image.Image:
         "Draw the title and the notes."
@@ -152,9 +159,12 @@ class Sheet:
         "Return the table of the videos that are left out."
         count = len(self.absent)
         if not count: return ""
-        rows = ["".join(f"<td>{_html(str(value))}</td>" for value in row) for row in self.absent.head(ROWS).itertuples(index=False)]
-        more = f'<p class="note">{count - ROWS:,} more are listed in the folder of the store.</p>' if count > ROWS else ""
-        return ABSENT.format(count=_count(count, count, "video"), rows="".join(f"<tr>{row}</tr>\n" for row in rows), more=more)
+        rows = ""
+        for row in self.absent.head(ROWS).itertuples(index=False):
+            cells = "".join(f"<td>{_html(str(value))}</td>" for value in row)
+            rows += f"<tr>{cells}</tr>\n"
+        more = f'<p class="note">{count - ROWS:,} more are listed in the folder of the store.</p>'
+        return ABSENT.format(count=_count(count, count, "video"), rows=rows, more=more if count > ROWS else "")
 
     def page(self) -> str:
         "Return the sheet as a page of HTML that needs no other file."
@@ -194,7 +204,8 @@ def plan(store: Store, *,
         sections.append(Section(name, side, chosen, usable=len(rows)))
     cut = _cut_text(sections, groups, wanted, min(each, limit), limit)
     if cut: warnings.warn(SheetWarning(cut), stacklevel=3)
-    return Sheet(store, _title(store, split, names), tuple(sections), left_out(store, split, names), frames, height, cut)
+    return Sheet(store, title=_title(store, split, names), sections=tuple(sections), absent=left_out(store, split, names),
+                 frames=frames, height=height, cut=cut)
 
 def _title(store: Store, split: str | None, classes: Sequence[str]) -> str:
     parts = [store.name]
@@ -292,7 +303,8 @@ def strip(store: Store, row: int, frames: int, height: int) -> Image.Image:
     pictures = store.frames(row, _spread_frames(store, row, frames)).movedim(1, -1).numpy()  # (T, H, W, 3)
     return in_a_row([_scaled(Image.fromarray(picture), height) for picture in pictures], gap=2)
 
-def _spread_frames(store: Store, row: int, count: int) -> list[int]: return spread(int(store.index.frames.iloc[row]), count).tolist()
+def _spread_frames(store: Store, row: int, count: int) -> list[int]:
+    return spread(int(store.index.frames.iloc[row]), count).tolist()
 
 # %% ../../nbs/10_data/12_sheets.ipynb #68a7550f
 def _label(store: Store, row: int) -> tuple[str, str]:
@@ -340,7 +352,9 @@ def _absent_picture(absent: pd.DataFrame, width: int) -> Image.Image:
     parts = [_heading("Not in the store", _count(len(absent), len(absent), "video"), width)]
     parts += [line(f"{row.video} ({row.split}): {row.reason}", width) for row in absent.head(LINES).itertuples()]
     more = len(absent) - LINES
-    if more > 0: parts.append(line(f"… and {more:,} more: see quarantine.csv and missing.csv in the store's folder", width, colour=GREY))
+    if more > 0:
+        text = f"… and {more:,} more: see quarantine.csv and missing.csv in the store's folder"
+        parts.append(line(text, width, colour=GREY))
     return in_a_column(parts, gap=2)
 
 # %% ../../nbs/10_data/12_sheets.ipynb #3f20d0b7
@@ -362,7 +376,8 @@ def _data_uri(jpeg: bytes, height: int) -> str:
 
 # %% ../../nbs/10_data/12_sheets.ipynb #7013b48b
 STYLE = """
-:root {color-scheme: light dark; --ink: #222; --paper: #fff; --muted: #6a6a6a; --rule: #ddd; --link: #0173b2; --well: #ececec}
+:root {color-scheme: light dark}
+:root {--ink: #222; --paper: #fff; --muted: #6a6a6a; --rule: #ddd; --link: #0173b2; --well: #ececec}
 @media (prefers-color-scheme: dark) {
   :root {--ink: #e6e6e6; --paper: #17191c; --muted: #9b9b9b; --rule: #3a3d41; --link: #7cc0ee; --well: #0c0d0f}
 }
@@ -390,10 +405,13 @@ figure {margin: 0; min-width: 0}
 figcaption {font-size: .8rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere}
 figcaption small {display: block; margin: 0; font-size: 1em}
 .window {overflow: hidden; border-radius: 4px; background: var(--well); aspect-ratio: var(--shape)}
-.reel {display: flex; height: 100%; width: calc(100% * var(--n)); transform: translateX(calc(-100% * var(--still) / var(--n)))}
+.reel {display: flex; height: 100%; width: calc(100% * var(--n))}
+.reel {transform: translateX(calc(-100% * var(--still) / var(--n)))}
 .reel img {flex: 1 1 0; width: 0; min-width: 0; height: 100%; object-fit: contain; margin: 0 .5px}
 @keyframes play {from {transform: none} to {transform: translateX(-100%)}}
-figure:hover .reel, figure:focus .reel, body:has(#all:checked) .reel {animation: play calc(var(--n) * .25s) steps(var(--n)) infinite}
+figure:hover .reel, figure:focus .reel, body:has(#all:checked) .reel {
+  animation: play calc(var(--n) * .25s) steps(var(--n)) infinite
+}
 body:has(#strips:checked) .grid {grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr))}
 body:has(#strips:checked) .window {aspect-ratio: auto}
 body:has(#strips:checked) .reel {width: 100%; transform: none; animation: none; gap: 2px}
@@ -403,7 +421,7 @@ th, td {text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px so
 th, td {overflow-wrap: anywhere}
 """
 
-# %% ../../nbs/10_data/12_sheets.ipynb #d24cbbbc
+# %% ../../nbs/10_data/12_sheets.ipynb #cb343562
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -422,7 +440,8 @@ SECTION = """<section id="class-{k}"><h2>{name} <small>{facts}</small></h2>
 {figures}</div></section>
 """
 
-FIGURE = """<figure tabindex="0" style="--n: {frames}; --still: {still}"><div class="window"><div class="reel">{pictures}</div></div>\
+FIGURE = """<figure tabindex="0" style="--n: {frames}; --still: {still}">\
+<div class="window"><div class="reel">{pictures}</div></div>\
 <figcaption>{name} <small>{facts}</small></figcaption></figure>
 """
 
@@ -437,7 +456,7 @@ def _figure_html(store: Store, row: int, frames: int, height: int) -> str:
     pictures = "".join(f'<img alt="{alt}" src="{uri}">' for alt, uri in zip(alts, uris))
     return FIGURE.format(frames=len(uris), still=len(uris) // 2, pictures=pictures, name=name, facts=facts)
 
-# %% ../../nbs/10_data/12_sheets.ipynb #2d137836
+# %% ../../nbs/10_data/12_sheets.ipynb #44ae7ad1
 ROWS = 1000  # of the table of what is left out, on the page
 
 ABSENT = """<section id="absent"><h2>Not in the store <small>{count}</small></h2>
@@ -451,12 +470,12 @@ VIEWS = {"one": "a video plays under the pointer", "all": "all play", "strips": 
 
 def _views_html() -> str:
     "Return the switches between views; the first is on."
-    checked = dict.fromkeys(VIEWS, "") | {next(iter(VIEWS)): " checked"}
-    return "".join(f'<label><input type="radio" name="view" id="{view}"{checked[view]}>{text}</label>\n' for view, text in VIEWS.items())
+    switches = [f'<label><input type="radio" name="view" id="{view}">{text}</label>\n' for view, text in VIEWS.items()]
+    return "".join(switches).replace('id="one"', 'id="one" checked')
 
 # %% ../../nbs/10_data/12_sheets.ipynb #707c0ffb
 def write_sheet(store: Store, out: str | Path,  # folder; created if it is not there
-                *, name: str | None = None,     # of the files, without extension; None: the store's, with split and class
+                *, name: str | None = None,     # of the files, without extension; None: store, split and class
                 overwrite: bool = False,        # replace existing files
                 **choice: Any                   # what to show, as in `plan`
                 ) -> tuple[Path, Path]:         # the .png and the .html
@@ -466,7 +485,8 @@ def write_sheet(store: Store, out: str | Path,  # folder; created if it is not t
     out = Path(out).expanduser().absolute()
     png, html = out / f"{stem}.png", out / f"{stem}.html"
     existing = [file for file in (png, html) if file.exists()]
-    if existing and not overwrite: raise FsarError(f"{existing[0]} exists already: choose another folder or name, or overwrite it")
+    if existing and not overwrite:
+        raise FsarError(f"{existing[0]} exists already: choose another folder or name, or overwrite it")
     picture, page = sheet.picture(), sheet.page()
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     with atomic_path(png) as temporary: picture.save(temporary, "PNG")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Block', 'Indices', 'COLUMNS', 'RANGES', 'FILES', 'FIXED', 'SAMPLE', 'RESERVE', 'COMMIT', 'INDEX', 'QUARANTINE',
-           'MISSING', 'TYPES', 'TEXT', 'jpeg_files', 'unpack', 'open_frames', 'Order', 'QuarantineWarning', 'prepare',
-           'Store', 'damaged_blocks', 'original', 'open_store']
+           'MISSING', 'TYPES', 'TEXT', 'jpeg_files', 'unpack', 'open_frames', 'QuarantineWarning', 'prepare', 'Store',
+           'damaged_blocks', 'original', 'open_store']
 
 # %% ../../nbs/10_data/08_store.ipynb #6e2b67e4
 import contextlib, functools, hashlib, json, os, shutil, time, warnings
@@ -34,9 +34,9 @@ def jpeg_files(block: Block, indices: Indices) -> list[Block]:
     edges = 4 * (count + 1) + np.cumsum([0, *lengths])  # (F + 1,) where each file begins, and the end
     return [block[edges[k]:edges[k + 1]] for k in indices]
 
-# %% ../../nbs/10_data/08_store.ipynb #247604bb
-def unpack(block: Block, indices: Indices) -> torch.Tensor:  # uint8 (T, 3, H, W); the colours of a pixel are neighbours in memory
-    "Decode some frames, each only once. Raise IndexError beyond the frames of the video, ValueError for a damaged block."
+# %% ../../nbs/10_data/08_store.ipynb #16affdd3
+def unpack(block: Block, indices: Indices) -> torch.Tensor:  # uint8 (T, 3, H, W), channels last in memory
+    "Decode some frames, each once. Raise IndexError beyond the frames of the video, ValueError for a damaged block."
     wanted, position = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     files = jpeg_files(block, wanted)
     height, width, *_ = simplejpeg.decode_jpeg_header(files[0])
@@ -152,14 +152,15 @@ def _claim(out: Path, settings: dict[str, Any], update: bool = False) -> None:
     with writing(out): out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists(): return _compare(out, read_json(out / "settings.json"), settings, update)
     strangers = sorted(f.name for f in out.iterdir() if f.name not in FILES and not _is_leftover(f.name))
-    if strangers: raise FsarError(f"{out} holds other files (e.g. {strangers[0]}): choose a new or empty folder for the store")
+    if strangers:
+        raise FsarError(f"{out} holds other files (e.g. {strangers[0]}): choose a new or empty folder for the store")
     write_json(out / "settings.json", settings)
 
 def _is_leftover(name: str) -> bool:
     "Return whether a file is a temporary file of a run that was killed."
     return any(name.startswith(f".{file}.") for file in FILES)
 
-# %% ../../nbs/10_data/08_store.ipynb #104ed4dc
+# %% ../../nbs/10_data/08_store.ipynb #bb8a52a5
 FIXED = ("format", "short_side", "max_frames", "quality", "benchmark")  # settings that an update cannot change
 
 def _compare(out: Path, old: dict[str, Any], new: dict[str, Any], update: bool) -> None:
@@ -170,8 +171,9 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any], update: bool) 
         raise FsarError(f"{out} holds a store with {', '.join(texts)}: choose another folder, or delete this one")
     if old == new: return
     if update: return _mark_unfinished(out, new)
-    raise FsarError(f"{out} holds a store of another list of videos ({old.get('videos')} there, {new['videos']} asked, or other classes, "
-                    "splits or sources): choose another folder, delete this one, or update it with --update (update=True)")
+    raise FsarError(f"{out} holds a store of another list of videos ({old.get('videos')} there, {new['videos']} asked, "
+                    "or other classes, splits or sources): choose another folder, delete this one, "
+                    "or update it with --update (update=True)")
 
 def _mark_unfinished(out: Path, settings: dict[str, Any]) -> None:
     "Turn a finished store into an unfinished one with these settings."
@@ -200,7 +202,7 @@ def _sample_first(videos: int) -> list[int]:
     return [*first, *sorted(set(range(videos)) - set(first))]
 
 def _room(out: Path, sizes: Sequence[int], rest: int) -> int:
-    "Estimate from the sizes so far how many bytes `rest` more videos need. Raise `FsarError` if the disk does not have the room."
+    "Estimate from the sizes so far how many bytes `rest` more videos need. Raise `FsarError` if the disk is too full."
     each = float(np.mean(sizes))
     need = int(rest * (each + 4096))  # LMDB fills pages of 4 kB
     free = shutil.disk_usage(out).free
@@ -209,11 +211,26 @@ def _room(out: Path, sizes: Sequence[int], rest: int) -> int:
                     f"and {size_text(free)} are free on that disk. Make room and repeat the command, "
                     "or choose another folder, a smaller short side or fewer frames")
 
-# %% ../../nbs/10_data/08_store.ipynb #506dcf9b
+# %% ../../nbs/10_data/08_store.ipynb #a580fd43
 COMMIT = 1.0  # seconds of work that a killed run may lose
 
+class _Batch:
+    "Records and blocks that are written together, about once a second."
+    def __init__(self, env: lmdb.Environment) -> None:
+        self.env, self.written = env, time.monotonic()
+        self.waiting: list[tuple[str, Record, bytes]] = []
+
+    def add(self, video: str, record: Record, block: bytes) -> None:
+        self.waiting.append((video, record, block))
+        if time.monotonic() - self.written > COMMIT: self.write()
+
+    def write(self) -> None:
+        _write(self.env, self.waiting)
+        self.waiting, self.written = [], time.monotonic()
+
+# %% ../../nbs/10_data/08_store.ipynb #506dcf9b
 @dataclass(frozen=True)
-class Order:
+class _Order:
     "What a call of `prepare` asks for."
     manifest: pd.DataFrame
     out: Path
@@ -221,28 +238,25 @@ class Order:
     workers: int
     progress: bool
 
-def _decode_missing(env: lmdb.Environment, order: Order) -> None:
-    "Decode every video without a current record. Write what is ready about once a second."
+def _decode_missing(env: lmdb.Environment, order: _Order) -> None:
+    "Decode every video without a current record."
     todo = _without_record(env, order.manifest)
     done, sample = len(order.manifest) - len(todo), _sample_size(len(todo))
     label = f"preparing ({done} of {len(order.manifest)} done before)" if done else "preparing"
     answers = _decode(todo, order)
     bar = track(answers, label, total=len(todo), unit="video", disable=None if order.progress else True)
-    batch, sizes, written = [], [], time.monotonic()
+    batch, sizes = _Batch(env), []
     with contextlib.closing(answers), bar:
         for video, record, block in bar:
-            batch.append((video, record, block))
+            batch.add(video, record, block)
             sizes.append(len(block))
-            sampled = len(sizes) == sample
-            if sampled or time.monotonic() - written > COMMIT:
-                _write(env, batch)
-                batch, written = [], time.monotonic()
-            if sampled:
+            if len(sizes) == sample:
+                batch.write()
                 need = _room(order.out, sizes, len(todo) - sample)
                 bar.set_description(f"{label}, {size_text(need)} to come")
-    _write(env, batch)
+    batch.write()
 
-# %% ../../nbs/10_data/08_store.ipynb #4b41f1ee
+# %% ../../nbs/10_data/08_store.ipynb #eabe4126
 def _without_record(env: lmdb.Environment, manifest: pd.DataFrame) -> pd.DataFrame:
     "Return the rows of the videos without a current record, a sample of them first."
     records = _records(env, manifest.video)
@@ -250,10 +264,11 @@ def _without_record(env: lmdb.Environment, manifest: pd.DataFrame) -> pd.DataFra
     todo = manifest[~np.array(current)]
     return todo.iloc[_sample_first(len(todo))]
 
-def _decode(todo: pd.DataFrame, order: Order) -> Generator[tuple[str, Record, bytes], None, None]:
+def _decode(todo: pd.DataFrame, order: _Order) -> Generator[tuple[str, Record, bytes], None, None]:
     "Decode videos; yield name, complete record and block of each."
     paths = dict(zip(todo.video, todo.path))
-    stamps = {video: file_stamp(path) for video, path in paths.items()}  # before decoding: a file that changes meanwhile will not match
+    # read the stamps before decoding: a file that changes meanwhile will not match
+    stamps = {video: file_stamp(path) for video, path in paths.items()}
     requests = [(video, {"path": path, **order.options}) for video, path in paths.items()]
     with contextlib.closing(decode_many(requests, order.workers)) as answers:
         for video, record, block in answers:
@@ -272,20 +287,23 @@ def _tables(manifest: pd.DataFrame, records: list[Record]) -> dict[str, pd.DataF
     table = pd.concat([manifest.reset_index(drop=True), facts], axis=1)
     table = table.reindex(columns=[*dict.fromkeys(INDEX + QUARANTINE)])  # each column once
     bad = table.reason.notna()
-    if bad.all(): raise FsarError(f"not one of {len(table)} videos can be used, e.g. {table.path[0]}: {table.reason[0]}")
+    if bad.all():
+        raise FsarError(f"not one of {len(table)} videos can be used, e.g. {table.path[0]}: {table.reason[0]}")
     missing = pd.DataFrame(manifest.attrs.get("missing", ()), columns=MISSING)
     return {"index": table.loc[~bad, INDEX].astype(TYPES), "quarantine": table.loc[bad, QUARANTINE], "missing": missing}
 
-# %% ../../nbs/10_data/08_store.ipynb #0e1592f4
+# %% ../../nbs/10_data/08_store.ipynb #62f7d556
 def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any], origin: dict[str, Any]) -> None:
     "Write the tables, then the mark of completion; remove what killed runs have left."
     for name, table in tables.items():
         with atomic_path(out / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n", errors="surrogateescape")
     content = [settings, tables["index"].to_numpy().tolist(), tables["quarantine"].video.tolist()]
-    size = (out / "frames.lmdb").stat().st_size
-    hashes = {name: sha256_file(out / f"{name}.csv") for name in tables}
-    write_json(out / "store.json", {"settings": settings, "hash": sha256_json(content), "bytes": size, "origin": origin, **hashes})
+    mark: dict[str, Any] = {"settings": settings, "hash": sha256_json(content)}
+    mark["bytes"] = (out / "frames.lmdb").stat().st_size
+    mark["origin"] = origin
+    for name in tables: mark[name] = sha256_file(out / f"{name}.csv")
+    write_json(out / "store.json", mark)
     for file in out.iterdir():
         if _is_leftover(file.name) or file.name == "frames.lmdb-lock": file.unlink()
 
@@ -307,14 +325,14 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
             quality: int = 90,               # of the JPEG frames, 1..100
             workers: int | None = None,      # decoding processes; None: one for each CPU core
             timeout: float = 60.0,           # seconds for one video
-            update: bool = False,            # follow a changed list or changed files; nobody may read the store meanwhile
+            update: bool = False,            # follow changes of the list and the files; nobody may read meanwhile
             progress: bool = True            # show a progress bar
             ) -> "Store":
-    "Decode a data set once and return its store. Reuse a finished store, resume an interrupted one, and warn of videos in quarantine."
+    "Decode a data set once and return its store. Reuse a finished store, resume an interrupted one. Warn of broken videos."
     out = Path(out).expanduser().absolute()
     settings = _settings(manifest, short_side=short_side, max_frames=max_frames, quality=quality)
     options = {"short_side": short_side, "max_frames": max_frames, "quality": quality, "timeout": timeout}
-    order = Order(manifest, out, options, workers or _cores(), progress)
+    order = _Order(manifest, out, options, workers or _cores(), progress)
     _claim(out, settings, update)
     if update and (out / "store.json").exists() and _changed(out, manifest): _mark_unfinished(out, settings)
     if not (out / "store.json").exists(): _make(order, settings)
@@ -325,7 +343,7 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
     if len(store.quarantine): warnings.warn(QuarantineWarning(_quarantine_text(store)), stacklevel=2)
     return store
 
-def _make(order: Order, settings: dict[str, Any]) -> None:
+def _make(order: _Order, settings: dict[str, Any]) -> None:
     "Make or resume a store."
     manifest, out = order.manifest, order.out
     with _locked(out), _writer(out) as env:
@@ -362,7 +380,7 @@ class Store:
     settings: dict[str, Any]  # short_side, max_frames, quality, …; benchmark and train_size for a public one
     hash: str                 # of settings, index and stored frames
     origin: dict[str, Any] = field(default_factory=dict)  # what it was made from: name, rendered
-    missing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MISSING))  # listed videos that were not found
+    missing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MISSING))  # listed, but not found
 
     def __len__(self) -> int: return len(self.index)
 
@@ -426,7 +444,8 @@ class Store:
     def check(self) -> None:
         "Compare every block of frames with its hash. Raise `FsarError` for the first that is damaged."
         damaged, _ = damaged_blocks(self, progress=False)
-        if damaged: raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
+        if damaged:
+            raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
 
 # %% ../../nbs/10_data/08_store.ipynb #a310e5f5
 def damaged_blocks(store: Store, progress: bool = True
@@ -459,7 +478,7 @@ def open_store(path: str | Path) -> Store:
     frames = path / "frames.lmdb"
     if not frames.is_file() or frames.stat().st_size < mark["bytes"]:
         raise FsarError(f"{frames} is missing or cut short: delete {path} and prepare it again")
-    names = [name for name in ("index", "quarantine", "missing") if name in mark]  # older stores do not list missing videos
+    names = [name for name in ("index", "quarantine", "missing") if name in mark]  # older stores have no missing.csv
     tables = {name: _read_table(path / f"{name}.csv", mark[name]) for name in names}
     return Store(path, settings=mark["settings"], hash=mark["hash"], origin=mark.get("origin", {}), **tables)
 
@@ -467,8 +486,9 @@ def _read_mark(path: Path) -> dict[str, Any]:
     "Return the content of `store.json`."
     if not (path / "store.json").is_file():
         if (path / "settings.json").is_file():
-            raise FsarError(f"the store {path} is unfinished: prepare it again with the same settings, it resumes where it stopped")
-        raise FsarError(f"there is no store at {path}" if path.is_dir() else f"there is no store at {path}: no such folder")
+            raise FsarError(f"the store {path} is unfinished: prepare it again with the same settings to resume")
+        if path.is_dir(): raise FsarError(f"there is no store at {path}")
+        raise FsarError(f"there is no store at {path}: no such folder")
     mark = read_json(path / "store.json")
     if not isinstance(mark, dict) or not {"settings", "hash", "bytes", "index", "quarantine"} <= mark.keys():
         raise FsarError(f"{path / 'store.json'} is damaged: delete {path} and prepare it again")
