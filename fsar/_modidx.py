@@ -1810,6 +1810,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fsar.experiments.runs.load_run': ('70_experiments/runs.html#load_run', 'fsar/experiments/runs.py'),
                                        'fsar.experiments.runs.load_runs': ( '70_experiments/runs.html#load_runs',
                                                                             'fsar/experiments/runs.py'),
+                                       'fsar.experiments.runs.paired_metrics': ( '70_experiments/runs.html#paired_metrics',
+                                                                                 'fsar/experiments/runs.py'),
                                        'fsar.experiments.runs.provenance': ( '70_experiments/runs.html#provenance',
                                                                              'fsar/experiments/runs.py'),
                                        'fsar.experiments.runs.render': ('70_experiments/runs.html#render', 'fsar/experiments/runs.py'),

@@ -10,7 +10,7 @@ import fsar.bench.benchmark  # each of these registers its reports
 import fsar.bench.sizes
 import fsar.experiments.claims
 import fsar.experiments.recordings
-import fsar.experiments.runs
+import fsar.experiments.runs  # noqa: F401
 from fsar.cli.experiments import Compare, Study
 from fsar.cli.flags import Where
 from fsar.core.config import Config
