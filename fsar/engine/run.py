@@ -88,7 +88,8 @@ def prepare_run(config: Config, model: FewShotModel) -> Run:
     _set_up_backbone(model, config, device)
     optimizer = make_optimizer(config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay)
     wrapped, prepared = accelerator.prepare(model, optimizer, device_placement=[False, False])
-    run = Run(config, model, wrapped, prepared, accelerator, device, choose_precision(config.precision, device, model))
+    run = Run(config=config, model=model, wrapped=wrapped, optimizer=prepared, accelerator=accelerator, device=device,
+              precision=choose_precision(config.precision, device, model))
     if world > 1: _share_statistics(run)
     return run
 

@@ -330,7 +330,9 @@ def train(config: Config, model: FewShotModel,  # with its first weights; traine
         run.seen = seen_classes(config, episodes)
         state = _restore(run, found)
         journal = Journal(out, run, state.step, progress)
-        try: Training(run, state, settings, episodes, validate, out, journal, on_step, save_seconds).loop()
+        training = Training(run=run, progress=state, settings=settings, episodes=episodes, validate=validate,
+                            out=out, journal=journal, on_step=on_step, save_seconds=save_seconds)
+        try: training.loop()
         except NonFinite as problem: raise explain(run, episodes, problem, out / "nonfinite") from None
         except KeyboardInterrupt:
             message = f"interrupted after step {state.step} of {run.steps}; the same call resumes from the last save"
