@@ -207,6 +207,5 @@ class Bench(Command):
         return bench(**{name: value for name, value in vars(self).items() if name != "json"})
 
     def words(self, result: dict[str, Any]) -> str:
-        from fsar.bench.report import goal_table
-        table = goal_table(result).drop(columns="equal within").to_string(index=False)
-        return f"{table}\n\n{result['headline']}\nreport: {Path(self.out) / 'report.html'}"
+        from fsar.bench.benchmark import bench_words
+        return bench_words(result, self.out)
