@@ -59,7 +59,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES: raise AttributeError(f"module 'fsar' has no attribute {name!r}; its public names are {', '.join(__all__)}")
     module, _, attribute = _HOMES[name].partition(":")
     if module == "fsar.data": return import_module(f"{module}.{attribute}")
-    if name == "METHODS": import_module("fsar.model.registry").load_methods()  # a reader of the registry expects it to be full
     value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value

@@ -1,4 +1,5 @@
-"""README.md is nbs/index.ipynb, converted: `python tests/readme.py` writes it. Its links are relative to nbs/, so that they work in the notebook too."""
+"""README.md is nbs/index.ipynb, converted: `python tests/readme.py` writes it. The notebook's links are relative to nbs/, the README's to the top folder."""
+import re
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,8 @@ def readme() -> str:
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}},
                      "MarkdownExporter": {"preprocessors": ["nbconvert.preprocessors.TagRemovePreprocessor"]}})
     text, _ = MarkdownExporter(config=config).from_notebook_node(nbformat.read(ROOT / "nbs" / "index.ipynb", 4))
-    lines = [line.rstrip() for line in text.replace("](../", "](").splitlines()]
+    text = re.sub(r"\]\((?![a-z]+:|#|\.\./)", "](nbs/", text).replace("](../", "](")
+    lines = [line.rstrip() for line in text.splitlines()]
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]  # no runs of blank lines
     return "\n".join(kept).strip() + "\n"
 

@@ -19,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from ..core.basics import FsarError, Registry
+from ..core.basics import FsarError
 from ..core.files import cache_dir
+from ..core.plugins import OpenRegistry
 
-BACKBONES: Registry = Registry("backbone")
+BACKBONES: OpenRegistry[Callable[[], "Backbone"]] = OpenRegistry("backbone", own="fsar.backbones")
 
 # %% ../../nbs/20_backbones/00_base.ipynb #aa0f134c
 class Backbone(nn.Module):

@@ -32,7 +32,7 @@ from ..data.episodes import EpisodeBatch, EpisodeTable
 from ..engine.evaluation import embed_videos, predict_episodes
 from ..model.base import METHODS, Embedding, FewShotModel, widened
 from ..model.cost import Task, Terms
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 from ..model.counting import FAKE, episode, noise
 from .timing import in_turns, peak_memory
 
@@ -77,7 +77,7 @@ DIMENSIONS = tuple(f.name for f in fields(Task))
 # %% ../../nbs/90_bench/03_growth.ipynb #e8cdb1d9
 def own_terms(method: str, work: str) -> Terms | None:
     "The terms of a method's formula; None for a method that has declared none."
-    cost = METHODS[method].cost if method in load_methods() else None
+    cost = METHODS[method].cost if method in METHODS else None
     return None if cost is None else cost.terms(work)
 
 def own_size(terms: Terms, task: Task) -> dict[str, int]:
@@ -101,7 +101,7 @@ def order(terms: Terms, dimension: str) -> tuple[int, str]:
 def order_table(work: str = "score", dimensions: Sequence[str] = ("frames", "ways", "shots", "queries")) -> pd.DataFrame:
     "The order of every declared method in every dimension, with the term that has it."
     show = lambda method, d: "{} ({})".format(*order(own_terms(method, work), d))
-    return pd.DataFrame({d: {method: show(method, d) for method in sorted(load_methods()) if METHODS[method].cost} for d in dimensions})
+    return pd.DataFrame({d: {method: show(method, d) for method in sorted(METHODS) if METHODS[method].cost} for d in dimensions})
 
 # %% ../../nbs/90_bench/03_growth.ipynb #732c8d69
 def upper(count: int) -> slice:
@@ -274,7 +274,7 @@ def along(method: str, work: str, dimension: str, plan: Plan, make: Callable[[in
 def growth(methods: Iterable[str] | None = None,  # None: all that are registered
            plan: Plan = QUICK, *, works: Iterable[str] = tuple(GROWS), device: torch.device | str = "cpu", progress: bool = False) -> pd.DataFrame:
     "A row for each method, piece of work, dimension and value: what it takes."
-    known, rows = load_methods(), []
+    known, rows = METHODS, []
     names = sorted(known) if methods is None else list(methods)
     for method in names: known[method]
     for work in works:

@@ -45,9 +45,9 @@ from ..engine.devices import choose_precision
 from ..engine.evaluation import embed_videos, gather, predict_episodes, testing
 from ..engine.run import Run, prepare_run
 from ..engine.training import run_step
-from ..model.base import Embedding, FewShotModel
+from ..model.base import METHODS, Embedding, FewShotModel
 from ..model.matching import otam
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 
 # %% ../../nbs/90_bench/08_measures.ipynb #42339004
 def row(case: str, s: Settings, unit: str,  # of the value: "times as fast", "episodes/s", …
@@ -437,7 +437,7 @@ def measure_growth(s: Settings) -> list[Row]:
 
 @item("profiles", "profiles", "A training step of every method on ResNet-18 at 112 pixels under torch's profiler.", judged=False)
 def measure_profiles(s: Settings) -> list[Row]:
-    names, how = s.pick((sorted(load_methods()), {}), (["otam"], {"backbone": "resnet_micro", "size": 32, "steps": 1}))
+    names, how = s.pick((sorted(METHODS), {}), (["otam"], {"backbone": "resnet_micro", "size": 32, "steps": 1}))
     return as_rows(short_profile(pd.concat([profile_step(name, device=s.device, precision=choose_precision("auto", torch.device(s.device), create_model(name, backbone=how.get("backbone", "resnet18"))), **how) for name in names])))
 
 def short_profile(table: pd.DataFrame,  # of fsar.bench.profiles.profile_step

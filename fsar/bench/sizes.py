@@ -16,7 +16,7 @@ from ..core.files import read_json, resource, writing
 from ..reports import notebooks
 from ..model.base import METHODS, SAMPLERS
 from ..model.counting import amount, count_verb, embedded, episode, like
-from ..model.registry import create_model, load_methods
+from ..model.registry import create_model
 from ..reports.figures import method_name
 
 # %% ../../nbs/90_bench/02_sizes.ipynb #00d723f7
@@ -36,7 +36,6 @@ def model_size(method: str, *, sampler: str = "", options: Sequence[str] = (), b
 # %% ../../nbs/90_bench/02_sizes.ipynb #8beb2a5a
 def forms() -> list[tuple[str, str]]:  # method, sampler
     "All there is to be measured."
-    load_methods()
     samples = lambda method, sampler: sampler and issubclass(METHODS[method], SAMPLERS[sampler])  # it chooses by itself, such as VIM
     return [(method, sampler) for sampler in ("", *sorted(SAMPLERS)) for method in sorted(METHODS) if not samples(method, sampler)]
 

@@ -6,8 +6,9 @@
 __all__ = ['Train', 'Test', 'Report', 'Rerun', 'Import']
 
 # %% ../../nbs/99_cli/02_runs.ipynb #0d1473d8
-import contextlib, dataclasses, sys, tyro
+import dataclasses, tyro
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from .flags import TEST, Command, _spoken_warnings, grouped, options, switch, word
@@ -30,9 +31,11 @@ class Train(Command):
 
     def run(self) -> dict[str, Any]:
         from fsar.experiments.runs import run
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return run(self.config(), overwrite=self.overwrite)
+        return run(self.config(), overwrite=self.overwrite)
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # run has said it
+    def words(self, result: dict[str, Any]) -> str:
+        if not result: return ""  # another process of a launcher makes the report
+        return f"{result['headline']}\nreport: {Path(self.config().out) / 'report.html'}"
 
 # %% ../../nbs/99_cli/02_runs.ipynb #4f2a50ac
 @dataclass(kw_only=True)

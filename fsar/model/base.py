@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..core.basics import FsarError, Registry
+from ..core.basics import FsarError
+from ..core.plugins import OpenRegistry
 from ..data.episodes import EpisodeBatch
 from .blocks import class_weights
 from .cost import Cost
 from .embedding import Embedding
 from .matching import Matcher, frame_similarity
 
-METHODS: Registry[type["FewShotModel"]] = Registry("method")
-SAMPLERS: Registry[type["FewShotModel"]] = Registry("sampler")
+METHODS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("method", own="fsar.methods")
+SAMPLERS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("sampler", own="fsar.methods")
 PIXELS = {"video": (0.45, 0.225), "unit": (0.0, 1.0)}
 
 # %% ../../nbs/30_model/04_base.ipynb #e77c1cdc

@@ -16,10 +16,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.basics import Registry
+from ..core.plugins import OpenRegistry
 
 Matcher = Callable[[Tensor], Tensor]
-MATCHERS: Registry[Matcher] = Registry("matcher")
+MATCHERS: OpenRegistry[Matcher] = OpenRegistry("matcher", own="fsar.model.matching")
 
 # %% ../../nbs/30_model/00_matching.ipynb #e7b916d0
 def frame_similarity(query: Tensor,  # (..., Q, Tq, C)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.basics import FsarError
 from ..data.pictures import film_strip
-from .calibration import BLUE, GREY
+from ..data.pictures import ACCENT, MUTED
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -66,7 +66,7 @@ class Prediction:
         def bar(name: str, p: float, colour: str) -> str:
             drawn = f'<div style="display:inline-block;height:.7em;width:{120 * p:.0f}px;background:{colour}"></div>'
             return f'<tr><td style="text-align:left">{html.escape(name)}</td><td style="text-align:left">{drawn} {100 * p:.0f} %</td></tr>'
-        rows = "".join(bar(name, p, GREY if self.none or k else BLUE) for k, (name, p) in enumerate(list(self.probabilities.items())[:6]))
+        rows = "".join(bar(name, p, MUTED if self.none or k else ACCENT) for k, (name, p) in enumerate(list(self.probabilities.items())[:6]))
         nearest = f"nearest example: {short(self.nearest.video)} ({self.nearest.label}, similarity {self.nearest.similarity:.2f})"
         answer = f"{short(self.video)}: {'none of these' if self.none else self.label}"
         return f"<b>{html.escape(answer)}</b><table>{rows}</table>{html.escape(nearest)}{'' if self.calibrated else '; probabilities not calibrated'}"
@@ -96,16 +96,16 @@ def draw_decision(ax: Any, p: Prediction) -> None:
     "The similarities of a query's frames with those of its nearest example, (Tq, Ts), and the pairs that the alignment weighs most."
     ax.imshow(p.similarity, cmap="Greys", vmin=p.similarity.min(), vmax=p.similarity.max() + 1.2 * np.ptp(p.similarity) + 1e-6)
     query, support = np.indices(p.alignment.shape)
-    ax.scatter(support, query, s=60 * p.alignment / max(p.alignment.max(), 1e-9), color=BLUE, edgecolor="white", linewidth=0.5)
+    ax.scatter(support, query, s=60 * p.alignment / max(p.alignment.max(), 1e-9), color=ACCENT, edgecolor="white", linewidth=0.5)
     ax.set(xlabel="example's frame", ylabel="query's frame", xticks=[], yticks=[])
 
 def _bars(ax: Any, p: Prediction, most: int) -> None:
     names, values = zip(*list(p.probabilities.items())[:most])
-    ax.barh(names, [100 * v for v in values], color=[GREY if p.none or k else BLUE for k in range(len(names))], height=0.6); ax.invert_yaxis()
+    ax.barh(names, [100 * v for v in values], color=[MUTED if p.none or k else ACCENT for k in range(len(names))], height=0.6); ax.invert_yaxis()
     for y, v in enumerate(values): ax.annotate(f"{100 * v:.0f} %", (100 * v, y), xytext=(4, -3), textcoords="offset points", fontsize=8)
     ax.set(xlim=(0, 118), xticks=[]); ax.tick_params(length=0, labelsize=9)
     for side in ("top", "right", "bottom"): ax.spines[side].set_visible(False)
-    ax.set_title("none of these" if p.none else p.label, loc="left", fontsize=10, fontweight="bold", color=GREY if p.none else BLUE)
+    ax.set_title("none of these" if p.none else p.label, loc="left", fontsize=10, fontweight="bold", color=MUTED if p.none else ACCENT)
 
 # %% ../../nbs/80_predict/04_answers.ipynb #65889934
 def answers_table(predictions: Sequence[Prediction]) -> pd.DataFrame:
@@ -180,8 +180,8 @@ class Timeline:
         figure.colorbar(image, ax=middle, label="probability", pad=0.01)
         for row in self.segments.itertuples():
             none = row.label == "none of these"
-            bottom.axvspan(row.start, row.end, color="#dddddd" if none else BLUE, alpha=1 if none else 0.35, linewidth=0); bottom.axvline(row.start, color="white", linewidth=2)
-            bottom.text((row.start + row.end) / 2, 0.5, row.label, ha="center", va="center", fontsize=8, clip_on=True, color=GREY if none else "black")
+            bottom.axvspan(row.start, row.end, color="#dddddd" if none else ACCENT, alpha=1 if none else 0.35, linewidth=0); bottom.axvline(row.start, color="white", linewidth=2)
+            bottom.text((row.start + row.end) / 2, 0.5, row.label, ha="center", va="center", fontsize=8, clip_on=True, color=MUTED if none else "black")
         bottom.set(xlim=whole, ylim=(0, 1), yticks=[], xlabel="seconds")
         plt.close(figure)
         return figure

@@ -26,7 +26,7 @@ from ..core.basics import FsarError
 from ..engine.evaluation import testing
 from ..data.pictures import film_strip
 from ..data.motions import render, split_classes
-from .calibration import BLUE
+from ..data.pictures import ACCENT
 from .recognizer import FewShotRecognizer, Support
 from .answers import Prediction, draw_decision
 
@@ -148,7 +148,7 @@ def strip_of(clip: Tensor,  # uint8 (T, 3, h, w)
         used = np.isin(np.arange(len(frames)), picked)
         frames[~used] = 255 - (255 - frames[~used]) // 4
         inner = frames[:, 3:-3, 3:-3].copy()
-        frames[used] = [int(BLUE[k:k + 2], 16) for k in (1, 3, 5)]
+        frames[used] = [int(ACCENT[k:k + 2], 16) for k in (1, 3, 5)]
         frames[used, 3:-3, 3:-3] = inner[used]
     return film_strip(frames, len(frames))
 
@@ -212,7 +212,7 @@ CSS = """
 .or { color: inherit !important }
 #fsar-query video, #fsar-recorded video { max-height: 16rem }
 #fsar-query button[aria-label^="Trim"], #fsar-query button[aria-label^="Reset"], #fsar-recorded button[aria-label^="Trim"], #fsar-recorded button[aria-label^="Reset"] { display: none }
-""".replace("BLUE", BLUE)
+""".replace("BLUE", ACCENT)
 
 # %% ../../nbs/80_predict/06_page.ipynb #132398c8
 EXAMPLE = tuple(split_classes("test"))[:4]  # classes of `motions`

@@ -30,10 +30,10 @@ from ..engine.evaluation import embed_videos, testing
 from ..model.base import Embedding, FewShotModel
 from ..model.matching import Matcher, alignment, bimhm, frame_similarity
 from .answers import Nearest, Prediction, Timeline, spans
-from .calibration import Calibration, Trials, calibrated, trials_of
+from .calibration import Calibration, Trials, fit_calibration, trials_of
 from . import hub
 from .hub import load_pretrained
-from .pretrained import Pretrained, Video, clip_of, frames_of, name_of, squared
+from .pretrained import Pretrained, Video, center_square, clip_of, frames_of, name_of
 
 # %% ../../nbs/80_predict/05_recognizer.ipynb #c7eac0fa
 Examples = Mapping[str, Sequence[Video]] | str | Path  # class → its videos, or a folder <class>/<video>
@@ -250,7 +250,7 @@ class FewShotRecognizer:
                   *, reject: float = 0.8,  # part of the videos of unknown classes to answer with 'none of these'
                   **how: Any) -> Calibration:  # see `trials`
         "Set temperature and threshold, and keep them with the model."
-        found = calibrated(videos if isinstance(videos, Trials) else self.trials(videos, **how), reject)
+        found = fit_calibration(videos if isinstance(videos, Trials) else self.trials(videos, **how), reject)
         self._calibrate(found)
         return found
 
@@ -265,7 +265,7 @@ class FewShotRecognizer:
             part = wanted[first:first + at_once]
             frames = np.unique(np.concatenate(part))
             pictures = decode(video, frames, short_side=p.short_side, timeout=timeout) if isinstance(video, Path) else video[frames]
-            for indices in part: yield squared(pictures[np.searchsorted(frames, indices)], p)
+            for indices in part: yield center_square(pictures[np.searchsorted(frames, indices)], p)
 
     def windows(self, video: Video, *, seconds: float = 2.0, step: float = 0.5,  # length of a window, and from one's start to the next's
                 fps: float | None = None,  # frames per second; needed for an array and for a file that does not say

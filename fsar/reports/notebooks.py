@@ -20,7 +20,7 @@ from ..core.files import cache_dir, read_json, resource, write_json, writing
 from ..core.machine import unlaunched
 from .provenance import now
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #53612c8d
+# %% ../../nbs/60_reports/02_notebooks.ipynb #d68f462a
 def setting(default: Any, help: str) -> Any:
     "Return a dataclass field with a default and a help text."
     return dataclasses.field(default=default, metadata={"help": help})
@@ -43,7 +43,7 @@ def _parameter_lines(name: str, kind: str, value: str, help: str) -> list[str]:
     line = f"{name}: {kind} = {value}"
     return [f"# {help}", line] if "=" in help else [f"{line}  # {help}"]
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #583d793c
+# %% ../../nbs/60_reports/02_notebooks.ipynb #973abd07
 def _kind_text(kind: Any) -> str:
     "Return a type as JSON values have it: tuples are lists, a choice of words is a text."
     if typing.get_origin(kind) is tuple: return f"list[{_kind_text(typing.get_args(kind)[0])}]"
@@ -78,9 +78,9 @@ def settle(text: str) -> str:
         lines.append(states[-1].rstrip() if states else "")
     return "\n".join(lines)
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #25d9f893
+# %% ../../nbs/60_reports/02_notebooks.ipynb #38d42896
 def tidy(notebook: Any) -> None:
-    "Join and settle the stream outputs of every cell, and remove folders of this machine. Changes the notebook in place."
+    "Change a notebook in place: join and settle the stream outputs of its cells, and remove folders of this machine."
     notebook.metadata.get("papermill", {}).pop("input_path", None)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs = _joined_streams(cell.outputs)
@@ -102,7 +102,8 @@ def _joined_streams(outputs: list[Any]) -> list[Any]:
 
 # %% ../../nbs/60_reports/02_notebooks.ipynb #cfdd53c4
 STYLE = """
-body {max-width: 58rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #222; background: #fff; font: 16px/1.55 Georgia, 'DejaVu Serif', serif}
+body {max-width: 58rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #222; background: #fff}
+body {font: 16px/1.55 Georgia, 'DejaVu Serif', serif}
 h1, h2, h3, table, .jp-RenderedHTMLCommon table, pre, .note {font-family: 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif}
 h1 {font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem}
 h2 {font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-top: .7rem; border-top: 1px solid #ddd}
@@ -115,7 +116,8 @@ td {border-bottom: 1px solid #e4e4e4; padding: .3rem .9rem .3rem 0; vertical-ali
 table:not(.sentences) td:first-child {white-space: nowrap}
 .headline {font: 600 2.6rem/1.1 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif; margin: 1.4rem 0 .2rem}
 .headline small {font-size: 1rem; font-weight: 400; color: #555; display: block; margin-top: .5rem; line-height: 1.4}
-pre {background: #f5f5f5; padding: .7rem .9rem; font: .82rem/1.45 'DejaVu Sans Mono', Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere}
+pre {background: #f5f5f5; padding: .7rem .9rem; font: .82rem/1.45 'DejaVu Sans Mono', Menlo, monospace}
+pre {white-space: pre-wrap; overflow-wrap: anywhere}
 .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link {display: none}
 @media print {body {margin: 0; max-width: none; font-size: 11pt} h2 {break-after: avoid} img, table {break-inside: avoid}}
 """
@@ -146,11 +148,12 @@ def _readable(cell: Any) -> Any:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return cell
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #39622e25
+# %% ../../nbs/60_reports/02_notebooks.ipynb #ce0ae124
 def _html_body(notebook: Any) -> str:
     "Return the texts and outputs of a notebook as HTML."
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    hidden = dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(template_name="basic", **hidden)
     return exporter.from_notebook_node(notebook)[0]
 
 def _html_title(body: str) -> str:
@@ -183,7 +186,7 @@ def clear(out: Path, template: str) -> None:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #632cde76
+# %% ../../nbs/60_reports/02_notebooks.ipynb #62d9e0a0
 def check_kernel(notebook: Path) -> None:
     "Raise FsarError unless the kernel that a notebook names is installed."
     import nbformat
@@ -199,14 +202,15 @@ def check_kernel(notebook: Path) -> None:
 
 # %% ../../nbs/60_reports/02_notebooks.ipynb #c3c81575
 def execute(source: Path, target: Path, parameters: Mapping[str, Any], progress: bool = True) -> None:
-    "Run the template `source` into the notebook `target`. If a cell fails, raise FsarError with one line; `target` keeps the traceback."
+    "Run the template `source` into the notebook `target`. Raise FsarError if a cell fails; `target` keeps the traceback."
     import papermill
     from papermill.exceptions import PapermillExecutionError
     check_kernel(source)
-    kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate", stderr_file=sys.stderr if progress else None)
+    kernel = dict(extra_arguments=["--IPKernelApp.log_level=40"], shutdown_kernel="immediate")
+    shown = dict(progress_bar=False, stderr_file=sys.stderr if progress else None)
     try:
         with unlaunched():
-            papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), progress_bar=False, **kernel)
+            papermill.execute_notebook(str(source), str(target), parameters=dict(parameters), **kernel, **shown)
     except PapermillExecutionError as e: raise FsarError(_reason(e, target)) from None
     except KeyboardInterrupt:
         logging.getLogger("asyncio").addFilter(_is_worth_reading)
@@ -241,7 +245,7 @@ def _own_errors() -> set[str]:
     for kind in kinds: kinds += kind.__subclasses__()
     return {kind.__name__ for kind in kinds}
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #5feea4ae
+# %% ../../nbs/60_reports/02_notebooks.ipynb #fab07414
 def produce(source: Path, out: Path, parameters: Mapping[str, Any],
             state: Mapping[str, Any],  # for run.json, in addition to status and times; with the name of the template
             progress: bool = True) -> None:
@@ -254,7 +258,7 @@ def produce(source: Path, out: Path, parameters: Mapping[str, Any],
     to_html(target, out / "report.html")
     write_json(out / "run.json", {**state, "status": "finished", "finished": now()})
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #417ef856
+# %% ../../nbs/60_reports/02_notebooks.ipynb #50aa1c50
 @dataclass(frozen=True, kw_only=True)
 class Report:
     "The settings of a report. A subclass adds fields made with `setting`, and what `check` and `prepare` need to do."
@@ -274,12 +278,12 @@ class Report:
 
 REPORTS: Registry[type[Report]] = Registry("report")
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #46c7de1d
+# %% ../../nbs/60_reports/02_notebooks.ipynb #cc163e7d
 def make_report(kind: str,  # a name in REPORTS, which is its template's name too
                 out: str | Path, *, progress: bool = True,
                 **settings: Any  # fields of the report's class
                 ) -> dict[str, Any]:
-    "Make a report in the folder `out` and return its metrics.json. Raise FsarError if the settings or the folder do not allow it."
+    "Make a report in `out` and return its metrics.json. Raise FsarError if the settings or the folder do not allow it."
     report = REPORTS[kind](out=str(out), **settings)
     source, folder = resource("templates") / f"{kind}.ipynb", Path(out)
     check_template(source, report.parameters())

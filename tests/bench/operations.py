@@ -14,7 +14,8 @@ from fsar.core.basics import torch_seed
 from fsar.bench.growth import counts, learning, noise_batch, scoring, subject
 from fsar.model.cost import Task
 from fsar.model.matching import MATCHERS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.base import METHODS
+from fsar.model.registry import create_model
 from fsar.model.counting import noise
 
 BUDGETS = Path(__file__).with_name("operations.json")
@@ -52,7 +53,7 @@ def paths() -> dict[str, Callable[[], Callable[[], Any]]]:
     "Every hot path by name: what makes the call that is counted."
     works = {"embed": embedding, "score": partial(head, scoring), "learn": partial(head, learning), "step": step}
     return ({f"matcher {name}": partial(matching, name) for name in sorted(MATCHERS)}
-            | {f"{method} {work}": partial(make, method) for method in sorted(load_methods()) for work, make in works.items()})
+            | {f"{method} {work}": partial(make, method) for method in sorted(METHODS) for work, make in works.items()})
 
 
 def measured(name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 import os
 import shutil
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fsar.engine.training import batches_from, train, training_settings
 from fsar.engine.devices import choose_precision
 from fsar.engine.run import prepare_run
 from test_methods import batch, forms, make
-from test_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
+from toy_training import CLASSES, Episodes, ctrl_c, run, settings, tiny, weights
 
 backbones = pytest.mark.parametrize("name", sorted(BACKBONES))
 
@@ -91,7 +92,7 @@ def test_recomputing_changes_no_bit(name, autocast):
     usual, again = (step(b, pixels(grad=True), autocast) for b in (plain, other))
     assert all(map(torch.equal, usual, again)) and usual[1] is not None
     frames = pixels()
-    usual, less = (kept(lambda: b(frames), [*b.parameters(), *b.buffers()]) for b in (plain, other))
+    usual, less = (kept(partial(b, frames), [*b.parameters(), *b.buffers()]) for b in (plain, other))
     assert less < 0.45 * usual
 
 
@@ -195,7 +196,7 @@ def test_parts_of_an_episode_in_single_precision():
     parts.at_once = 4
     for a, b in zip(step(plain, pixels(10, grad=True)), step(parts, pixels(10, grad=True))): assert apart(a, b) <= 1e-5
     frames = pixels(64, size=32)
-    held = lambda b, n: kept(lambda: b(frames[:n]), [*b.parameters(), *b.buffers()])
+    def held(b, n): return kept(lambda: b(frames[:n]), [*b.parameters(), *b.buffers()])
     assert held(parts, 64) < 0.05 * held(plain, 64) and held(parts, 4) == pytest.approx(held(plain, 4))           # a single part is kept as it is
 
 
@@ -209,7 +210,7 @@ def test_parts_with_statistics_of_their_own_are_refused():
 def test_frozen_norms_stay_frozen_through_validation_and_the_others_train():
     model = make("molo").train()
     model.backbone.frozen = True
-    norms = lambda m: [n.training for n in m.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)]
+    def norms(m): return [n.training for n in m.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)]
     assert all(norms(model.backbone))                                                                             # from the next train() on
     model.train()
     assert model.backbone.training and not any(norms(model.backbone)) and any(norms(model))

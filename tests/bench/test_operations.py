@@ -12,9 +12,8 @@ from fsar.bench.growth import QUICK, Plan, answering_episodes, counts, exponents
 from fsar.model.base import METHODS as REGISTRY, FewShotModel
 from fsar.model.cost import Cost, Task
 from fsar.model.matching import MATCHERS
-from fsar.model.registry import load_methods
 
-METHODS = sorted(load_methods())
+METHODS = sorted(REGISTRY)
 RECORDED = read_json(operations.BUDGETS)
 methods = pytest.mark.parametrize("method", METHODS)
 

@@ -10,11 +10,12 @@ from fsar.bench.growth import QUICK, growth, noise_batch
 from fsar.model.cost import Task
 from fsar.methods.trx import TupleAttention
 from fsar.model.blocks import by_class, class_slots
-from fsar.model.registry import create_model, load_methods
+from fsar.model.base import METHODS
+from fsar.model.registry import create_model
 from fsar.bench.profiles import ENGINE, GROUPS, SEGMENTS, attributed, backbone_named, findings, profile_step, segment, shares, slots_of, training_step, tuples_made
 from fsar.bench.timing import profiling
 
-methods = pytest.mark.parametrize("method", sorted(load_methods()))
+methods = pytest.mark.parametrize("method", sorted(METHODS))
 TASK = Task(frames=4, ways=2)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

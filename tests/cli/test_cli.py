@@ -176,7 +176,7 @@ def test_bars_reach_the_terminal_while_the_run_goes_on(stopped):
 
 def test_the_same_command_goes_on_and_ends_with_the_headline(finished):
     out, answer = finished
-    assert "going on with the interrupted run" in answer.stderr
+    assert "resuming the interrupted run" in answer.stderr
     metrics = read_json(out / "metrics.json")
     assert answer.stdout.splitlines() == [metrics["headline"], f"report: {out / 'report.html'}"]
     log = (out / "checkpoints" / "log.csv").read_text().splitlines()

@@ -28,7 +28,7 @@ def test_torch_seed_leaves_no_trace_even_when_the_body_fails():
 
 def test_importing_and_building_leaves_the_global_generators_alone():
     code = ("import torch, numpy, random; a = (torch.get_rng_state().clone(), numpy.random.get_state()[1].copy(), random.getstate());"
-            "from fsar.model.base import create_model; m = create_model('molo', backbone='resnet_micro');"
+            "from fsar.model.registry import create_model; m = create_model('molo', backbone='resnet_micro');"
             "assert torch.equal(a[0], torch.get_rng_state()) and (a[1] == numpy.random.get_state()[1]).all() and a[2] == random.getstate()")
     subprocess.run([sys.executable, "-c", code], check=True)
 

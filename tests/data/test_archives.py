@@ -498,11 +498,11 @@ def test_a_stream_without_end_is_left_at_the_announced_length():
 
 def test_an_archive_that_changes_meanwhile(world, monkeypatch):
     archive = first(world, "tar", [M("a.avi", b"x")])
-    room = archives._room
+    room = archives._check_space
     def change(*args):
         room(*args)
         first(world, "tar", [M("../a.avi", b"x")])
-    monkeypatch.setattr(archives, "_room", change)
+    monkeypatch.setattr(archives, "_check_space", change)
     with pytest.raises(FsarError, match="changed while it was unpacked"): unpack(archive, world / "out", progress=False)
     assert not (world / "out").exists()
 
@@ -639,7 +639,7 @@ def test_killed_at_any_moment_and_repeated(world):
     started = time.monotonic()
     unpack(archive, world / "whole", progress=False)
     whole, took, draw, partial = tree(world / "whole"), time.monotonic() - started, random.Random(7), 0
-    for k in range(10):
+    for _ in range(10):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(archive), str(world / "out")], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         time.sleep(draw.uniform(0, 1.2 * took))

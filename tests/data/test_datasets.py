@@ -225,7 +225,7 @@ def test_unpack_prepare_show_from_an_archive(folder, tmp_path, capsys):
     assert cli.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert Path(told["picture"]).read_bytes()[:4] == b"\x89PNG" and "grow_3" in Path(told["page"]).read_text() and "rise_0" not in Path(told["page"]).read_text()
-    assert cli.main(words) == 2 and "is there already" in capsys.readouterr().err
+    assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
 
 

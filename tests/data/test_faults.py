@@ -415,7 +415,7 @@ def long_film(path: Path) -> None:
 def bomb(side: int, declared: int):
     "A PNG of kilobytes that unpacks to a quarter of a gigabyte, as the one picture of a film that declares some size."
     def make(path: Path) -> None:
-        chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        def chunk(kind, body): return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         packer, rows = zlib.compressobj(9), bytes(1 + side)
         body = b"".join(packer.compress(rows) for _ in range(side)) + packer.flush()
         png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)) + chunk(b"IDAT", body) + chunk(b"IEND", b"")

@@ -11,10 +11,10 @@ import pytest
 
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, sha256_arrays, sha256_file
-from fsar.data.motions import BACKGROUNDS, CLASSES, PRESETS, MotionsConfig, contact_sheet, film, pairs, render, render_dataset, schedule, split_classes, value_noise, videos
+from fsar.data.motions import BACKGROUNDS, CLASSES, PRESETS, MotionsConfig, clip, contact_sheet, film, pairs, render, render_dataset, schedule, split_classes, value_noise, videos
 from fsar.data.drawing import Draws, cos_sin
-from fsar.data.pictures import film_strip
-from fsar.data.video import decode_all
+from fsar.data.pictures import film_strip, picture_rows, side_by_side, strip
+from fsar.data.video import decode_all, segment_indices
 
 MINI = PRESETS["motions-mini"]
 TINY = replace(MINI, name="tiny", size=32, frames=8, videos_per_class=2, classes=("rise", "fall", "orbit_clockwise"))
@@ -73,10 +73,10 @@ def test_a_partner_is_the_reversed_film(pair):
 def test_means_over_frames_do_not_tell_partners_apart(pair):
     "A nearest-mean classifier on mean frames stays at chance; 60 new videos a class, 4 standard errors."
     config = replace(MINI, size=24, frames=12)
-    mean = lambda name, k: np.array(render(name, k, config).mean(0).mean(-1)).reshape(6, 4, 6, 4).mean((1, 3)).ravel()
+    def mean(name, k): return np.array(render(name, k, config).mean(0).mean(-1)).reshape(6, 4, 6, 4).mean((1, 3)).ravel()
     a, b = (np.stack([mean(name, k) for k in range(120)]) for name in pair)
     centre_a, centre_b = a[:60].mean(0), b[:60].mean(0)
-    nearer_a = lambda x: ((x - centre_a) ** 2).sum(-1) < ((x - centre_b) ** 2).sum(-1)
+    def nearer_a(x): return ((x - centre_a) ** 2).sum(-1) < ((x - centre_b) ** 2).sum(-1)
     accuracy = np.concatenate([nearer_a(a[60:]), ~nearer_a(b[60:])]).mean()
     assert abs(accuracy - 0.5) < 4 * np.sqrt(0.25 / 120)
 
@@ -141,7 +141,7 @@ def test_cosine_and_sine():
 
 
 def test_draws_are_uniform():
-    x = Draws(0).uniform(-1, 3, 20000)
+    x = Draws(0).uniforms(20000, -1, 3)
     assert x.min() >= -1 and x.max() < 3 and abs(x.mean() - 1) < 0.05
     assert {Draws(k).choice("abc") for k in range(50)} == set("abc")
 
@@ -216,7 +216,7 @@ def test_a_shaking_camera_leaves_the_background_as_it_is():
     config = replace(TAKES, shake=0.05, background="texture", contrast=0.5, distractors=0, radius=(0.01, 0.01))
     a, b = (render("grow", k, config)[0, :, :, 0].astype(int) for k in (0, 1))
     shifts = [(y, x) for y in range(-12, 13) for x in range(-12, 13)]
-    middle = lambda picture, y=0, x=0: picture[14 + y:32 + y, 14 + x:66 + x]  # above the body
+    def middle(picture, y=0, x=0): return picture[14 + y:32 + y, 14 + x:66 + x]  # above the body
     assert min(np.abs(middle(a) - middle(b, y, x)).max() for y, x in shifts) <= 1
     other = render("grow", 3, config)[0, :, :, 0].astype(int)
     assert min(np.abs(middle(a) - middle(other, y, x)).max() for y, x in shifts) > 10
@@ -323,3 +323,26 @@ def test_strip_and_sheet():
     assert film_strip(render("rise", 0), 4, gap=0).shape == (80, 320, 3)
     titles = [a.get_title(loc="left") for a in contact_sheet(("rise", "fall")).axes]
     assert titles[:2] == ["rise (train)", "fall (train)"]
+
+
+def test_a_clip_is_the_video_as_a_model_reads_it():
+    late = replace(MINI, misalignment=1.0)
+    for frames, config in ((8, MINI), (16, late)):
+        video, read = render("rise", 3, config), clip("rise", 3, frames, config)
+        assert read.shape == (frames, 3, 80, 80) and str(read.dtype) == "torch.uint8"
+        assert (read.permute(0, 2, 3, 1).numpy() == video[segment_indices(24, frames)]).all()
+
+
+def test_a_strip_shows_every_frame_and_marks_those_asked_for():
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots()
+    frames = clip("rise", 0)
+    strip(axes, frames, "rise", marks=(2, 5))
+    picture = axes.images[0].get_array()
+    assert (picture == side_by_side(frames.permute(0, 2, 3, 1).numpy())).all() and axes.get_title(loc="left") == "rise"
+    assert [p.get_x() for p in axes.patches] == [2 * 82, 5 * 82] and {(p.get_width(), p.get_height()) for p in axes.patches} == {(79, 79)}
+    strip(axes, frames.float() * 1.5)  # what resampling has left: out of range, and no integers
+    assert axes.images[1].get_array().max() == 255
+    plt.close(figure)
+    rows = picture_rows([film_strip(render("rise", k)) for k in range(2)], ["first"])
+    assert len(rows.axes) == 2 and [a.get_title(loc="left") for a in rows.axes] == ["first", ""]

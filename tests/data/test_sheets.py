@@ -135,7 +135,7 @@ def test_a_panorama_keeps_its_shape_and_does_not_burst_the_sheet(tmp_path):
 # what is chosen
 
 def test_videos_are_spread_over_the_list_or_drawn(store):
-    chosen = lambda **k: [s.rows.tolist() for s in plan(store, classes=["a"], videos=3, **k).sections][0]
+    def chosen(**k): return plan(store, classes=["a"], videos=3, **k).sections[0].rows.tolist()
     assert chosen() == [0, 2, 4] == chosen()
     drawn = {tuple(chosen(seed=seed)) for seed in range(20)}
     assert len(drawn) > 3 and all(sorted(d) == list(d) and len(set(d)) == 3 for d in drawn)
@@ -273,7 +273,7 @@ def test_files_are_whole_named_and_never_replaced_unasked(store, tmp_path):
     assert html.read_text(encoding="utf-8") == plan(store, split="train", classes=["a"]).page()
     html.write_text("mine")
     png.unlink()
-    with pytest.raises(FsarError, match="store_train_a.html is there already"): write_sheet(store, png.parent, split="train", classes="a")
+    with pytest.raises(FsarError, match="store_train_a.html exists already"): write_sheet(store, png.parent, split="train", classes="a")
     assert html.read_text() == "mine" and not png.exists()
     write_sheet(store, png.parent, split="train", classes="a", overwrite=True)
     assert png.exists() and html.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -127,7 +127,7 @@ def test_messages(case, tmp_path):
         act(root)
 
 
-@pytest.mark.parametrize("text, message", [("name,split\nwave,train\n", "expected class,split"), ("class,split\nwave,training\n", "split 'training'; accepted: train, val, test"),
+@pytest.mark.parametrize("text, message", [("name,split\nwave,train\n", "expected class,split"), ("class,split\nwave,training\n", "unknown split 'training'. Did you mean 'train'\\? Accepted: train, val, test"),
                                            ("class,split\nwaves,train\n", "no class folder 'waves'. Did you mean 'wave'"),
                                            ("class,split\nwave,train\nwave,val\n", "in two splits, train and val")])
 def test_bad_split_files(text, message, tmp_path):

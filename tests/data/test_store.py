@@ -66,7 +66,7 @@ def decoders() -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == os.getpid() and b"fsar.data.decoding" in (entry / "cmdline").read_bytes():
+            if parent == os.getpid() and b"fsar.core.helper" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -248,7 +248,7 @@ def test_killed_anywhere_and_resumed_is_the_same(tmp_path):
     timed = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "timed"))
     timed.start(); timed.join()
     longest, delays, kills = 0.9 * (time.monotonic() - started), random.Random(0), 0  # moments within a run, however fast the machine is
-    for attempt in range(150):
+    for _ in range(150):
         process = multiprocessing.get_context("fork").Process(target=impatient, args=(manifest, tmp_path / "out"))
         process.start()
         process.join(delays.uniform(0, longest) if kills < 10 else 60)
@@ -321,13 +321,13 @@ def test_copied_data_set_is_the_same_and_a_changed_one_is_not(tmp_path):
     with pytest.warns(QuarantineWarning):
         assert prepare(manifest_of(root), store.path, **SETTINGS).hash == store.hash
     write_video(root / "c" / "c_1.mp4", picture(9, 5))
-    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: bring it in step with --update"):
+    with pytest.raises(FsarError, match="1 videos have changed since .*c_1.mp4: update it with --update"):
         prepare(manifest_of(root), store.path, **SETTINGS)
 
 
 def test_nothing_is_written_beside_the_videos(tmp_path):
     root = make_videos(tmp_path / "in")
-    look = lambda: {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
+    def look(): return {p: p.stat().st_mtime_ns for p in [root, *root.rglob("*")]}
     before = look()
     prepare(manifest_of(root), tmp_path / "out", **SETTINGS)
     assert look() == before
@@ -379,7 +379,7 @@ def test_messages(case, videos, copy, tmp_path):
 
 def test_two_at_once(videos, tmp_path):
     (tmp_path / "out").mkdir()
-    with fsar.data.store._alone(tmp_path / "out"), pytest.raises(FsarError, match="is being prepared by another process"):
+    with fsar.data.store._locked(tmp_path / "out"), pytest.raises(FsarError, match="is being prepared by another process"):
         prepare(manifest_of(videos), tmp_path / "out", **SETTINGS)
 
 
@@ -412,7 +412,7 @@ def test_full_disk(videos, tmp_path, store):
     assert prepare(manifest_of(videos), tmp_path / "out", **SETTINGS).hash == store.hash  # with room again, it goes on
 
 
-# brought in step with a list or files that change
+# updated when the list or the files change
 
 def entries(store: Store) -> dict[bytes, bytes]:
     with fsar.data.store.open_frames(str(store.path / "frames.lmdb")).begin() as transaction:
@@ -423,7 +423,7 @@ def test_update_decodes_what_is_new_and_forgets_what_is_gone(tmp_path, capfd, mo
     root = make_videos(tmp_path / "in", per_class=4)
     full = manifest_of(root)
     grown = prepare(full.drop(index=[1, 5]).reset_index(drop=True), tmp_path / "out", **SETTINGS)
-    with pytest.raises(FsarError, match="another list of videos .*in step with --update"): prepare(full, tmp_path / "out", **SETTINGS)
+    with pytest.raises(FsarError, match="another list of videos .*update it with --update"): prepare(full, tmp_path / "out", **SETTINGS)
     monkeypatch.delenv("FSAR_QUIET", raising=False)
     updated = prepare(full, tmp_path / "out", update=True, **{**SETTINGS, "progress": True})
     assert "10 of 12 done before" in capfd.readouterr().err

@@ -1,5 +1,4 @@
 "Checkpoints: what is saved comes back, damage is named, and no kill, full disk or locked folder leaves a half-written one."
-import contextlib
 import json
 import multiprocessing
 import os
@@ -13,27 +12,19 @@ import warnings
 import pytest
 import torch
 
+from disks import small_disk
 from fsar.engine.checkpoints import (CheckpointWarning, atomic_folder, load_model, newest_sound, optimizer_tensors, read_state, restore_state, save_model, save_state,
                               tensor_bytes, verified_record)
 from fsar.core.basics import FsarError
 from fsar.core.files import sha256_file, sha256_json
-from fsar.model.registry import create_model, load_methods
+from fsar.model.base import METHODS as REGISTRY
+from fsar.model.registry import create_model
 
-METHODS = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
+METHODS = sorted(name for name, method in REGISTRY.items() if method.__module__.startswith("fsar."))
 
 
 def small(method="protonet", seed=0, **kwargs):
     return create_model(method, **{"backbone": "resnet_micro", "frames": 4, "classes": 6, "seed": seed, **kwargs}).eval()
-
-
-@contextlib.contextmanager
-def small_disk(folder, size):
-    "A real file system of its own at `folder`, mounted with the given options; skipped where mounting is not allowed."
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True, text=True) if sys.platform == "linux" else None
-    if done is None or done.returncode: pytest.skip("this test mounts a small file system, which is not allowed here")
-    try: yield folder
-    finally: subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

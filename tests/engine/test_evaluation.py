@@ -12,9 +12,9 @@ from fsar.core.basics import FsarError, generator
 from fsar.data.episodes import EpisodeSampler, EpisodeTable, VideoClips, episode_table
 from fsar.engine.evaluation import Evaluator, embed_videos, evaluate, predict_episodes
 from fsar.engine.results import Result, across_seeds, compare, mean_ci95, summarise
-from fsar.model.base import FewShotModel
+from fsar.model.base import METHODS, FewShotModel
 from fsar.model.blocks import class_mean
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
 ROWS = np.arange(40)
 
@@ -92,7 +92,7 @@ def test_half_precision_embeds_to_float32():
 # ---- batches of episodes
 
 @pytest.mark.parametrize("shots", [1, 3, (1, 3)], ids=str)
-@pytest.mark.parametrize("method", sorted(load_methods()))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_batches_equal_an_episode_at_a_time(method, shots):
     model = create_model(method, backbone="resnet_micro", frames=4).eval()
     embedding = embed_videos(model, Pixels(ROWS, model.clip_frames), progress=False)
@@ -130,7 +130,7 @@ def test_rows_of_the_store_find_their_place_in_any_order():
 def test_ten_thousand_one_shot_episodes_in_seconds():
     big = index(24, 100)
     table = episode_table(EpisodeSampler(big, "test", ways=5, shots=1, queries=1, seed=0), 10_000)
-    model = create_model("molo" if "molo" in load_methods() else "otam", backbone="resnet_micro", frames=8).eval()
+    model = create_model("molo" if "molo" in METHODS else "otam", backbone="resnet_micro", frames=8).eval()
     names = model.embed(torch.zeros(1, 8, 3, 32, 32, dtype=torch.uint8))
     embedding = {k: noise(2400, *x.shape[1:]) for k, x in names.items()}  # T = 8, C = 128
     start = time.process_time()
@@ -249,7 +249,7 @@ def test_broken_weights_are_noticed_while_embedding():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", sorted(load_methods()))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_gpu_gives_the_same_answers(method):
     model, table, found = create_model(method, backbone="resnet_micro", frames=4), make_table(200, shots=(1, 3)), {}
     for device in ("cpu", "cuda"):

@@ -20,19 +20,21 @@ from fsar.cli import main as cli
 from fsar.backbones.base import BACKBONES, Backbone, read_weights
 from fsar.engine.checkpoints import load_model, save_model
 from fsar.core.basics import FsarError, torch_seed
-from fsar.engine.importers import IncompleteImport, fill_released, import_checkpoint, placed
+from fsar.engine.importers import IncompleteImport, fill_released, import_checkpoint, match_entries
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
-load_methods()
 CLASSES = 7  # of the class-label head, where there is one
 C = 64  # channels of the backbones below
 
 
 def residual(blocks: int) -> Backbone:
     "A ResNet of few channels with torchvision's blocks and names."
-    stage = lambda a, b: nn.Sequential(*(BasicBlock(b if k else a, b, 1 if k or a == b else 2, None if k or a == b else
-                                                    nn.Sequential(nn.Conv2d(a, b, 1, 2, bias=False), nn.BatchNorm2d(b))) for k in range(blocks)))
+    def stage(a: int, b: int) -> nn.Sequential:
+        "Blocks from `a` channels to `b`; where they differ, the first halves the resolution."
+        if a == b: return nn.Sequential(*(BasicBlock(b, b) for _ in range(blocks)))
+        shortcut = nn.Sequential(nn.Conv2d(a, b, 1, 2, bias=False), nn.BatchNorm2d(b))
+        return nn.Sequential(BasicBlock(a, b, 2, shortcut), *(BasicBlock(b, b) for _ in range(blocks - 1)))
     parts = dict(conv1=nn.Conv2d(3, 8, 7, 2, 3, bias=False), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(), maxpool=nn.MaxPool2d(3, 2, 1),
                  layer1=stage(8, 8), layer2=stage(8, 16), layer3=stage(16, 32), layer4=stage(32, C))
     return Backbone(nn.Sequential(OrderedDict(parts)), C)
@@ -282,9 +284,9 @@ def test_molo_at_its_own_size_has_the_89_6_million_parameters():
         theirs = {f"head.backbone.{name}": t for name, t in nn.Sequential(*list(models.resnet50().children())[:-2]).state_dict().items()}
         theirs |= {name: torch.empty(shape) for name, shape in molo_shapes(2048, 64).items()}
     own = model.state_dict()
-    mapped, unused = placed(theirs, own, METHODS["molo"].released_layout)
+    mapped, unused = match_entries(theirs, own, METHODS["molo"].released_layout)
     assert set(mapped.values()) == set(own) and len(mapped) == len(theirs) and not unused
-    squeezed = lambda t: [n for n in t.shape if n > 1]
+    def squeezed(t): return [n for n in t.shape if n > 1]
     assert all(squeezed(theirs[name]) == squeezed(own[ours]) for name, ours in mapped.items())
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 89.6
     assert round(sum(t.numel() for name, t in theirs.items() if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))) / 1e6, 1) == 89.6
@@ -343,7 +345,7 @@ def test_half_precision_is_read_and_noted(sources, tmp_path):
 
 def test_the_released_variant_is_the_default_and_options_win(sources, tmp_path):
     torch.save(released(sources("molo")), tmp_path / "a.pth")
-    make = lambda **kw: import_checkpoint(tmp_path / "a.pth", "molo", backbone="thin", **kw)[0].config["options"]
+    def make(**kw): return import_checkpoint(tmp_path / "a.pth", "molo", backbone="thin", **kw)[0].config["options"]
     assert make() == METHODS["molo"].variants["released"]
     assert make(options=["sums=false"])["sums"] is False and make(options={"motion_weight": 0.5})["motion_weight"] == 0.5
     with pytest.warns(IncompleteImport): assert make(variant="paper") == {} == make(options=["variant=paper"])
@@ -390,7 +392,7 @@ def test_two_names_for_one_place(sources, tmp_path):
 @methods
 def test_a_file_without_a_backbone(method, tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "a.pth")
-    assert f"is no checkpoint of '{method}' as its authors' code writes it: none of its 122 entries belongs to the backbone 'thin'" in refused(tmp_path / "a.pth", method=method)
+    assert f"is not a checkpoint of '{method}' as its authors' code writes it: none of its 122 entries belongs to the backbone 'thin'" in refused(tmp_path / "a.pth", method=method)
     torch.save({}, tmp_path / "b.pth")
     assert "none of its 0 entries" in refused(tmp_path / "b.pth", method=method)
 

@@ -13,9 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
-
 from fsar.core.basics import FsarError, generator
 from fsar.core.machine import launched, unlaunched
 from fsar.core.files import read_json
@@ -24,10 +21,13 @@ from fsar.engine.evaluation import Evaluator, embed_videos, predict_episodes
 from fsar.engine.processes import agree, main_first, leave, processes, world
 from fsar.model.registry import create_model
 from fsar.engine.run import prepare_run
-from test_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, run, settings, tiny
+from toy_training import CLASSES, METHOD_NAMES, Episodes, Poisoned, run, settings, tiny
 
+torch.set_num_threads(1)
 CASES = {}
-case = lambda function: CASES.setdefault(function.__name__, function)
+
+
+def case(function): return CASES.setdefault(function.__name__, function)
 
 
 # what is run by one process here, and by two under a launcher
@@ -142,6 +142,15 @@ def interrupted(out):
         return {"steps": run(out).steps}
 
 
+TOGETHER = ("training", "methods", "sparing", "evaluation", "interrupted")
+
+
+@case
+def together(out):
+    "These cases one after another in one group, because starting two processes takes longer than most of them."
+    with processes("cpu"): return {name: CASES[name](out / name) for name in TOGETHER}
+
+
 @case
 def small(out): return run(out, settings(episodes=4, validate_every=4), validate=validator()).steps
 
@@ -219,44 +228,57 @@ def alone(tmp_path_factory):
     return out, training(out)
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", [("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-                                      ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")],
-                         ids=["torchrun", "accelerate launch"])
-def test_training_is_as_in_one_process(alone, tmp_path, launcher):
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    "Where two processes have done the cases of TOGETHER, and what they say: name → rank → answer."
+    out = tmp_path_factory.mktemp("in two")
+    said_by = launch("together", out, timeout=400)
+    return out, {name: {rank: said_by[rank][name] for rank in (0, 1)} for name in TOGETHER}
+
+
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_training_is_as_in_one_process(alone, in_two, tmp_path, launcher):
     "Rank r takes every second episode; log, weights and running statistics agree up to rounding, and so does the validation that selects."
     out, one = alone
-    two = launch("training", tmp_path / "two", launcher=launcher)
+    folder, two = in_two[0] / "training", in_two[1]["training"]
+    if launcher != "torchrun":
+        folder = tmp_path / "two"
+        two = launch("training", folder, launcher=ACCELERATE)  # the training itself forms the group
     assert [two[rank]["asked"] for rank in (0, 1)] == [one["asked"][0::2], one["asked"][1::2]] and one["asked"] == list(range(24))
     assert [two[rank]["processes"] for rank in (0, 1)] == [2, 2] and one["processes"] == 1
-    assert logs_differ(out, tmp_path / "two") < 1e-5 and two[0]["best"] == two[1]["best"] == one["best"]
-    for name in ("last", "best"): assert weights_differ(out / name, tmp_path / "two" / name) < 1e-5
-    assert read_json(tmp_path / "two/last/model.json")["training"]["progress"]["processes"] == 2
+    assert logs_differ(out, folder) < 1e-5 and two[0]["best"] == two[1]["best"] == one["best"]
+    for name in ("last", "best"): assert weights_differ(out / name, folder / name) < 1e-5
+    assert read_json(folder / "last/model.json")["training"]["progress"]["processes"] == 2
 
 
-@pytest.mark.timeout(300)
-def test_every_method_learns_the_same(tmp_path):
+@pytest.mark.timeout(500)
+def test_every_method_learns_the_same(in_two, tmp_path):
     "Statistics and counters included; all parameters take part in every process."
-    methods(tmp_path / "one")
-    launch("methods", tmp_path / "two", timeout=280)
+    methods(tmp_path)
     for name in (*METHOD_NAMES, "vim", "plain"):
-        assert weights_differ(tmp_path / "one" / name / "last", tmp_path / "two" / name / "last") < 1e-5, name
-        assert logs_differ(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-5, name
+        two = in_two[0] / "methods" / name
+        assert weights_differ(tmp_path / name / "last", two / "last") < 1e-5, name
+        assert logs_differ(tmp_path / name, two) < 1e-5, name
 
 
-@pytest.mark.timeout(240)
-def test_less_memory_learns_the_same(tmp_path):
+@pytest.mark.timeout(500)
+def test_less_memory_learns_the_same(in_two, tmp_path):
     sparing(tmp_path / "one")
-    launch("sparing", tmp_path / "two")
     for name in ("again", "parts"):
-        assert weights_differ(tmp_path / "one" / name / "last", tmp_path / "two" / name / "last") < 1e-5, name
-        assert logs_differ(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-5, name
+        two = in_two[0] / "sparing" / name
+        assert weights_differ(tmp_path / "one" / name / "last", two / "last") < 1e-5, name
+        assert logs_differ(tmp_path / "one" / name, two) < 1e-5, name
 
 
-def test_evaluation_is_the_same_to_the_bit(tmp_path):
-    one, two = evaluation(tmp_path / "one"), launch("evaluation", tmp_path / "two")
+@pytest.mark.timeout(500)
+def test_evaluation_is_the_same_to_the_bit(in_two, tmp_path):
+    one, two = evaluation(tmp_path / "one"), in_two[1]["evaluation"]
     assert one == two[0] == two[1] and "not finite for row 140 of the store" in one["error"] and one["training"]
-    first, *others = (torch.load(tmp_path / f"{name}.pt") for name in ("one0", "two0", "two1"))
+    first, *others = (torch.load(path) for path in (tmp_path / "one0.pt", in_two[0] / "evaluation0.pt", in_two[0] / "evaluation1.pt"))
     for other in others:
         assert list(other) == list(first)
         for name, x in first.items(): assert other[name].dtype == x.dtype and torch.equal(other[name], x), name
@@ -273,10 +295,12 @@ def test_errors_are_everyones(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out/d/nonfinite").iterdir()) == ["episode_9.safetensors", "model", "values.json"]
 
 
-def test_an_interrupted_training_goes_on(tmp_path):
+@pytest.mark.timeout(500)
+def test_an_interrupted_training_goes_on(in_two, tmp_path):
     run(tmp_path / "one")
-    assert launch("interrupted", tmp_path / "two")[1] == {"steps": 12}
-    assert logs_differ(tmp_path / "one", tmp_path / "two") < 1e-5 and weights_differ(tmp_path / "one/last", tmp_path / "two/last") < 1e-5
+    two = in_two[0] / "interrupted"
+    assert in_two[1]["interrupted"][1] == {"steps": 12}
+    assert logs_differ(tmp_path / "one", two) < 1e-5 and weights_differ(tmp_path / "one/last", two / "last") < 1e-5
 
 
 LAUNCHES = int(os.environ.get("FSAR_LAUNCHES", 3))  # 20 takes minutes
@@ -379,7 +403,7 @@ def test_alone_nothing_happens(tmp_path):
     agree(3, tmp_path)
     with processes(): assert world() == (0, 1)
     with pytest.raises(ZeroDivisionError):
-        with processes(): 1 / 0
+        with processes(): raise ZeroDivisionError
 
 
 def test_what_a_child_sees_of_a_launcher(monkeypatch):
@@ -413,7 +437,7 @@ def test_the_command_line_trains_together_and_reports_once(reported):
     assert answer.stdout.splitlines() == [metrics["headline"], f"report: {out / 'report.html'}"]
     assert metrics["training"]["processes"] == 2 and metrics["training"]["steps"] == 6 and read_json(out / "run.json")["status"] == "finished"
     assert {p.name for p in out.iterdir()} == {"report.html", "train.ipynb", "metrics.json", "run.json", "results", "checkpoints", "figures"}
-    assert "going on with" not in answer.stderr
+    assert "resuming the interrupted run" not in answer.stderr
 
 
 @pytest.mark.timeout(300)
@@ -440,7 +464,7 @@ def test_a_finished_run_is_reused_and_another_refused(reported, flags):
     out, _ = reported
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fsar", "train", *flags, "--out", out]
     again, other = started(command), started([*command, "--lr", "0.01"])
-    assert again.returncode == 0 and again.stdout.count("nothing to run") == 1 and again.stdout.count("report: ") == 1
+    assert again.returncode == 0 and again.stderr.count("nothing to run") == 1 and again.stdout.count("report: ") == 1
     assert other.returncode and "lr 0.001 → 0.01" in other.stderr
 
 

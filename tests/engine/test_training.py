@@ -1,12 +1,11 @@
 "Training: whatever interrupts it, the same bytes; whatever goes wrong, a message that says so."
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,82 +15,24 @@ import pytest
 import torch
 from torch import nn
 
-from fsar.backbones.base import Backbone
 from fsar.engine.checkpoints import CheckpointWarning, load_model, verified_record
-from fsar.core.config import Config
-from fsar.core.basics import FsarError, generator, torch_seed
-from fsar.core.files import sha256_file
-from fsar.data.episodes import EpisodeBatch
+from fsar.core.basics import FsarError, generator
 from fsar.model.base import METHODS
-from fsar.model.registry import create_model, load_methods
-from fsar.engine.training import _check_settings, is_due, run_step, train
+from fsar.model.registry import create_model
+from fsar.engine.training import _check_settings, is_due, run_step
 from fsar.engine.optimisers import SCHEDULES, learning_rate, make_optimizer
 from fsar.engine.journal import MetricsLog
 from fsar.engine.devices import choose_device
 from fsar.engine.run import prepare_run
 
-from test_checkpoints import small_disk
-
-METHOD_NAMES = sorted(name for name, method in load_methods().items() if method.__module__.startswith("fsar."))
-CLASSES = 6
-
-
-class Episodes:
-    "Item i is a function of i: classes are grey levels that rise or fall over time, with noise."
-
-    def __init__(self, frames=2, size=8, ways=3, queries=2): self.frames, self.size, self.ways, self.queries = frames, size, ways, queries
-
-    def __getitem__(self, index):
-        rng = generator(5, index)
-        classes = rng.permutation(CLASSES)[:self.ways]
-        labels = torch.arange(self.ways)
-        query_labels = labels.repeat_interleave(self.queries)
-        clip = lambda c: torch.from_numpy((40 * c + 15 * c * torch.arange(self.frames).reshape(-1, 1, 1, 1).numpy() / self.frames
-                                           + rng.normal(0, 120, (self.frames, 3, self.size, self.size))).clip(0, 255).astype("uint8"))
-        return EpisodeBatch(torch.stack([clip(classes[y]) for y in labels]), labels, torch.stack([clip(classes[y]) for y in query_labels]), query_labels,
-                            torch.from_numpy(classes), index)
-
-
-def tiny(seed=0):
-    "A model of a few hundred weights, with batch normalisation and dropout: enough to be wrong about."
-    with torch_seed(seed):
-        body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Conv2d(8, 8, 3, 1, 1))
-        model = METHODS["protonet"](Backbone(body, 8), frames=2, classes=CLASSES)
-    model.config = {"method": "protonet", "backbone": "tiny of the tests"}
-    return model
-
-
-def settings(**changes):
-    return Config(**{**dict(method="protonet", frames=2, size=8, short_side=8, ways=3, queries=2, episodes=24, tasks_per_step=2, lr=5e-3, validate_every=8,
-                            precision="fp32", device="cpu"), **changes})
-
-
-def accuracy(model):
-    "Validation on three fixed episodes; all that training asks of a result is these two numbers."
-    model.eval()
-    with torch.no_grad(): right = torch.cat([(model(e).logits.argmax(-1) == e.query_labels).float() for e in map(Episodes().__getitem__, (1001, 1002, 1003))])
-    model.train()
-    return SimpleNamespace(accuracy=right.mean().item(), ci95=right.std().item())
-
-
-def run(out, config=settings(), model=None, episodes=None, validate=accuracy, **kwargs):
-    return train(config, model or tiny(), episodes or Episodes(), validate, out, progress=False, **kwargs)
-
-
-def weights(out, name="last"): return sha256_file(Path(out) / name / "model.safetensors")
-
+from disks import small_disk
+from toy_training import CLASSES, LONG, METHOD_NAMES, Episodes, Poisoned, child, ctrl_c, killed_at, run, settings, tiny, weights
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     "An undisturbed training."
     out = tmp_path_factory.mktemp("reference")
     return out, run(out)
-
-
-def ctrl_c(*steps):
-    def on_step(step, row):
-        if step in steps: signal.raise_signal(signal.SIGINT)
-    return on_step
 
 
 # ---- the pieces
@@ -268,7 +209,7 @@ def test_ctrl_c(reference, tmp_path, steps, save_seconds):
 def test_every_method_resumes_exactly(method, precision, tmp_path):
     "With its own dropout and normalisation, from a checkpoint in the middle."
     config = settings(method=method, frames=3, size=16, short_side=16, episodes=3, tasks_per_step=1, validate_every=0, precision=precision, optimizer="adam")
-    new = lambda: create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
+    def new(): return create_model(method, backbone="resnet_micro", frames=3, classes=CLASSES)
     episodes = Episodes(frames=new().clip_frames, size=16, ways=2, queries=1)
     run(tmp_path / "straight", config, new(), episodes, None)
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "broken", config, new(), episodes, None, on_step=ctrl_c(2), save_seconds=0)
@@ -277,23 +218,14 @@ def test_every_method_resumes_exactly(method, precision, tmp_path):
     assert load_model(tmp_path / "broken/last", expect_method=method).config["method"] == method
 
 
-LONG = settings(episodes=240, tasks_per_step=2, validate_every=16)
-
-
-def child(out, ready=None):
-    "The training that gets killed, in a process of its own."
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-    warnings.simplefilter("ignore", CheckpointWarning)
-    if ready: ready.set()
-    run(out, LONG, save_seconds=0)
-
-
 @pytest.fixture(scope="module")
 def processes():
     "Children start from a clean process that has imported everything once."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fsar.engine.training"])
+    context.set_forkserver_preload(["toy_training"])
+    with pytest.MonkeyPatch.context() as environment:  # where the server finds it
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -312,7 +244,7 @@ def undisturbed(processes, tmp_path_factory):
 def same_training(one, two):
     assert weights(one) == weights(two) and weights(one, "best") == weights(two, "best")
     logs = [pd.read_csv(out / "log.csv").drop(columns="seconds") for out in (one, two)]
-    assert logs[0].equals(logs[1]) and len(logs[0]) == 120
+    assert logs[0].equals(logs[1]) and len(logs[0]) == LONG.episodes // LONG.tasks_per_step
 
 
 @pytest.mark.timeout(180)
@@ -333,17 +265,6 @@ def test_killed_at_ten_random_moments(processes, undisturbed, tmp_path):
     run(tmp_path / "run", LONG)
     print(f"exit codes {codes}; {half_written} kills left a half-written checkpoint")
     same_training(out, tmp_path / "run")
-
-
-def killed_at(out, count):
-    "The same, ended by SIGKILL right before file operation number `count` inside the output folder."
-    left = iter(range(count))
-
-    def watch(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and (str(out) in str(args[0]) or event in ("os.rmdir", "os.remove")):
-            if next(left, None) is None: os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
-    child(out)
 
 
 @pytest.mark.timeout(240)
@@ -375,14 +296,6 @@ def test_two_damaged_states_stop(tmp_path):
 
 
 # ---- what goes wrong
-
-class Poisoned(Episodes):
-    "Episode 9 holds pixels that are not numbers."
-    def __getitem__(self, index):
-        episode = super().__getitem__(index)
-        if index == 9: episode.query, episode.support = episode.query / torch.tensor(0.0), episode.support / 255
-        return episode
-
 
 def test_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(KeyboardInterrupt): run(tmp_path / "sound", on_step=ctrl_c(4), save_seconds=0, validate=None)
@@ -441,5 +354,5 @@ def test_a_file_where_the_output_should_be(tmp_path):
 # ---- several processes (more: test_processes.py)
 
 def test_processes_must_share_evenly():
-    from fsar.engine.run import _check_processes
-    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_processes(settings(tasks_per_step=4), 3)
+    from fsar.engine.run import _check_even_shares
+    with pytest.raises(FsarError, match=r"3 processes share the episodes of a step: tasks_per_step \(4\)"): _check_even_shares(settings(tasks_per_step=4), 3)

@@ -41,16 +41,16 @@ def test_turning_the_dial_moves_the_action_in_time_only():
 def test_change_is_the_mean_difference_to_both_neighbours():
     clips = torch.zeros(1, 3, 3, 2, 2, dtype=torch.uint8)
     clips[0, 1] = 51
-    assert torch.allclose(claims.change(clips)[0, :, 0, 0, 0], torch.tensor([0.2, 0.2, 0.2]))
+    assert torch.allclose(claims.frame_change(clips)[0, :, 0, 0, 0], torch.tensor([0.2, 0.2, 0.2]))
     clips[0, 2] = 51                                                   # the last frame is its neighbour's equal
-    assert torch.allclose(claims.change(clips)[0, :, 0, 0, 0], torch.tensor([0.2, 0.1, 0.0]))
+    assert torch.allclose(claims.frame_change(clips)[0, :, 0, 0, 0], torch.tensor([0.2, 0.1, 0.0]))
 
 
 def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(variants, monkeypatch):
     model = create_model("protonet", backbone="resnet_micro", sampler="vim", seed=3).eval()
     store = variants[0.0].store
     clips = torch.stack([store.frames(r, np.arange(16)) for r in range(0, 8)])
-    energy = claims.change(clips)                                      # (V, M, 1, H, W)
+    energy = claims.frame_change(clips)                                      # (V, M, 1, H, W)
     measured = {}
     for name, saliency in (("mover", energy[:, :, 0]), ("elsewhere", -energy[:, :, 0])):
         coarse = torch.nn.functional.adaptive_avg_pool2d(saliency, 8)
@@ -68,13 +68,13 @@ def test_by_branch_leaves_the_model_as_it_was_and_asks_the_same_episodes(variant
     config = Config(test_queries=1)
     found = claims.by_branch(model, config, data, pairs, episodes=20)
     assert list(found) == ["base", "motion", "both"] and model.branches == ["base", "motion"] and len({r.table_hash for r in found.values()}) == 1
-    model.branches = ["motion"]
-    assert np.array_equal(claims.tested_on(model, config, data, episodes=20, pairs=pairs).correct, found["motion"].correct)
+    motion = claims.with_branches(model, ["motion"])
+    assert model.branches == ["base", "motion"] and np.array_equal(claims.evaluate_on(motion, config, data, episodes=20, pairs=pairs).correct, found["motion"].correct)
 
 
 def test_a_gain_counts_seeds_and_says_so(variants):
     config = Config(test_queries=1)
-    a, b = ({s: claims.tested_on(create_model(m, backbone="resnet_micro", seed=s).eval(), config, variants[1.0], episodes=30) for s in (0, 1)} for m in ("otam", "protonet"))
+    a, b = ({s: claims.evaluate_on(create_model(m, backbone="resnet_micro", seed=s).eval(), config, variants[1.0], episodes=30) for s in (0, 1)} for m in ("otam", "protonet"))
     found = claims.gain(a, b, ("otam", "protonet"))
     assert found["difference"] == pytest.approx(np.mean([a[s].accuracy - b[s].accuracy for s in (0, 1)])) and found["seeds"] == 2
     assert ("inside the noise" in found["words"]) == (abs(found["difference"]) < found["noise"] or found["difference"] == 0)
@@ -86,9 +86,9 @@ def test_refusals(tmp_path, capsys):
     assert cli.main(["claims", "--methods", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no such file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     (tmp_path / "metrics.json").write_text('{"rows": {"protonet": {}}, "seeds": [0], "config": {}}')
-    with pytest.raises(FsarError, match="has no row 'trx'; the claims need the rows"): claims.trained(tmp_path)
+    with pytest.raises(FsarError, match="has no row 'trx'; the claims need the rows"): claims.load_models(tmp_path)
     (tmp_path / "metrics.json").write_text('{"results": []}')
-    with pytest.raises(FsarError, match="holds no comparison: make one with fsar compare"): claims.trained(tmp_path)
+    with pytest.raises(FsarError, match="holds no comparison: make one with fsar compare"): claims.load_models(tmp_path)
     with pytest.raises(FsarError, match="two or more settings of the dial from 0 to 1"): claims.claims_report(tmp_path, tmp_path / "out", levels=[2.0, 0.0])
     with pytest.raises(FsarError, match="episodes=1: at least 2"): claims.claims_report(tmp_path, tmp_path / "out", episodes=1)
     with pytest.raises(FsarError, match="no rendered benchmark 'motion'"): claims.rendered_variant("motion")

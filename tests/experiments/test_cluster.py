@@ -1,5 +1,6 @@
 """Sweeps on Ray: two nodes on this machine, workers and nodes that die, work that raises, and everything that is refused before a start.
 
+All tests of this file share one cluster, the sweep of whole runs at the end included: to start one takes longer than most of them.
 Ray's processes inherit an environment variable with a value of this run's own, so whatever is left of them at the end is found.
 """
 import functools
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from fsar.experiments import cluster
-from fsar.experiments.cluster import check_address, on_ray
 from fsar.core.basics import FsarError
+from fsar.core.config import Config
+from fsar.core.files import read_json
+from fsar.experiments import cluster, sweeps
+from fsar.experiments.cluster import check_address, on_ray
+from fsar.experiments.sweeps import Workers, grid, run_sweep
 
 try:
     import ray
@@ -94,7 +98,7 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture
 def unasked(monkeypatch):
     "The question whether there is a Ray cluster, which takes a process, is left out where others have asked it."
-    monkeypatch.setattr(cluster, "check_address", cluster._listens)
+    monkeypatch.setattr(cluster, "check_address", cluster._check_port)
 
 
 # work: each start leaves a line with its process and node
@@ -112,9 +116,9 @@ def note(out: Path, n: int) -> int:  # how often it has been started, this time 
 
 
 def square(n: int, out: Path) -> None:
-    "Item 4 waits for its end the first time; item 7 raises."
-    if note(out, n) == 1 and n == 4: time.sleep(120)
-    if n == 7: raise ValueError("seven is not wanted")
+    "Item 2 waits for its end the first time; item 4 raises."
+    if note(out, n) == 1 and n == 2: time.sleep(120)
+    if n == 4: raise ValueError("four is not wanted")
     (out / f"{n}.txt").write_text(str(n * n))
 
 
@@ -139,17 +143,17 @@ def slow(n: int, out: Path) -> None:
 @needs_ray
 def test_a_killed_worker_is_replaced_and_an_item_that_raises_ends_alone(nodes, tmp_path):
     def kill() -> None:
-        until(lambda: started(tmp_path, 4), 400)
-        os.kill(started(tmp_path, 4)[0][0], signal.SIGKILL)
+        until(lambda: started(tmp_path, 2), 400)
+        os.kill(started(tmp_path, 2)[0][0], signal.SIGKILL)
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = dict(on_ray(functools.partial(square, out=tmp_path), range(12), address=nodes.address, folder=tmp_path))
+    ended = dict(on_ray(functools.partial(square, out=tmp_path), range(6), address=nodes.address, folder=tmp_path))
     killer.join()
-    assert ended == {n: "ValueError: seven is not wanted" if n == 7 else "" for n in range(12)}
-    assert {n: int((tmp_path / f"{n}.txt").read_text()) for n in range(12) if n != 7} == {n: n * n for n in range(12) if n != 7}
-    assert {n: len(started(tmp_path, n)) for n in range(12)} == {n: 2 if n == 4 else 1 for n in range(12)}
-    assert len({node for n in range(12) for _, node in started(tmp_path, n)}) == 2, "both nodes have worked"
-    assert len({pid for n in range(12) for pid, _ in started(tmp_path, n)}) == 13, "each start has a process of its own"
+    assert ended == {n: "ValueError: four is not wanted" if n == 4 else "" for n in range(6)}
+    assert {n: int((tmp_path / f"{n}.txt").read_text()) for n in range(6) if n != 4} == {n: n * n for n in range(6) if n != 4}
+    assert {n: len(started(tmp_path, n)) for n in range(6)} == {n: 2 if n == 2 else 1 for n in range(6)}
+    assert len({node for n in range(6) for _, node in started(tmp_path, n)}) == 2, "both nodes have worked"
+    assert len({pid for n in range(6) for pid, _ in started(tmp_path, n)}) == 7, "each start has a process of its own"
     assert not list(tmp_path.glob(".*")), "the token is gone"
 
 
@@ -206,6 +210,44 @@ def test_without_a_node_that_can_run_it_an_item_ends(nodes, unasked, tmp_path):
 def test_a_node_that_died_a_moment_ago_is_not_waited_for(nodes, unasked, tmp_path):
     nodes.cluster.remove_node(nodes.add(), allow_graceful=False)  # the list of nodes has it for a while yet
     assert dict(on_ray(functools.partial(square, out=tmp_path), [1, 2], address=nodes.address, folder=tmp_path)) == {1: "", 2: ""}
+
+
+# whole runs
+
+SMALL = dict(short_side=32, size=32, frames=4, ways=3, queries=1, episodes=6, precision="fp32", validate_every=0, protocol="last", test_queries=1, test_shots=(1,), test_episodes=20)
+
+
+def outcomes(out: Path) -> dict:
+    "Answers and weights of all finished runs."
+    records = {f.stem: read_json(f) for f in sorted((out / "results").glob("*.json"))}
+    return {name: r.get("weights") or r.get("correct") for name, r in records.items() if r.get("status", "finished") == "finished"}
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_on_two_nodes_gives_the_same_as_here(nodes, unasked, tiny_motions, tmp_path):
+    "Four runs on two nodes, one worker killed in the middle, one more run made to fail: the others finish, and equal those of this process."
+    base = Config(dataset=str(tiny_motions), store=str(tmp_path / "store"), **SMALL)
+    jobs = grid(base, {"method": ["protonet", "otam"], "seed": [0, 1]}, [{"label": "hot", "method": "bimhm", "options": ["scale=1e39"]}])
+    assert len(jobs) == 5
+    killed: list[str] = []
+    def strike() -> None:
+        "SIGKILL to the worker of the first run that has begun to train."
+        while not killed:
+            for job in jobs:
+                record = sweeps.record_file(tmp_path / "ray", job)
+                if record.exists() and (r := read_json(record))["status"] == "running" and sweeps.episodes_done(tmp_path / "ray", job):
+                    os.kill(r["process"], signal.SIGKILL)
+                    killed.append(job.name)
+                    return
+            time.sleep(0.005)
+    threading.Thread(target=strike, daemon=True).start()
+    try: found = run_sweep(jobs, tmp_path / "ray", workers=Workers(cluster=nodes.address), progress=False)
+    finally: killed.append("")
+    assert killed[0] and found["states"] == {"finished": 4, "failed": 1} and "not finite" in read_json(tmp_path / "ray" / "results" / "hot-0.json")["reason"]
+    run_sweep(jobs, tmp_path / "here", progress=False)
+    assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "here") and len(outcomes(tmp_path / "ray")) == 12
 
 
 # refused before anything is started

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fsar.experiments import comparison, protocol, rows as experiments_rows, runs as experiments, sweeps
+from fsar.experiments import comparison, protocol, rows as experiments_rows, sweeps
 from fsar.engine import results
 from fsar.reports import notebooks, side_by_side
 from fsar.bench import sizes
@@ -23,6 +23,7 @@ from fsar.experiments.sweeps import Workers
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, resource, write_json
+from fsar.data.datasets import prepare_data
 
 TEMPLATE = resource("templates") / "compare.ipynb"
 ROWS, SEEDS = ["protonet", "set: bimhm scale=4"], [0, 1]
@@ -37,16 +38,16 @@ ROWS, SEEDS = ["protonet", "set: bimhm scale=4"], [0, 1]
 def test_a_row_is_read(text, row): assert parse_row(text) == row
 
 
-@pytest.mark.parametrize("rows, words", [(["protonett"], "Did you mean 'protonet'"), (["molo redrw=4"], "no option 'redrw'. Did you mean 'redraw'"), (["molo redraw=four"], "wants a whole number"),
+@pytest.mark.parametrize("rows, words", [(["protonett"], "Did you mean 'protonet'"), (["molo redrw=4"], "no option 'redrw'. Did you mean 'redraw'"), (["molo redraw=four"], "whole number"),
                                          (["molo redraw"], "must be written key=value"), (["protonet sampler=vom"], "unknown sampler 'vom'"), (["protonet sampler.a=1"], "needs a sampler"),
-                                         (["otam", "otam lam=1"], "two rows have the label 'otam'"), (["A: otam", "a: bimhm"], "two rows have the label 'a'"), (["a b: otam"], "no name for a file"),
-                                         (["../a: otam"], "no name for a file"), (["lam=1"], "names no method"), (["x:"], "names no method"), (["otam sampler=a sampler=b"], "two samplers"), ([], "at least one row")])
+                                         (["otam", "otam lam=1"], "two rows have the label 'otam'"), (["A: otam", "a: bimhm"], "two rows have the label 'a'"), (["a b: otam"], "cannot be a file's name"),
+                                         (["../a: otam"], "cannot be a file's name"), (["lam=1"], "names no method"), (["x:"], "names no method"), (["otam sampler=a sampler=b"], "two samplers"), ([], "at least one row")])
 def test_wrong_rows_are_refused_before_anything_runs(rows, words, tmp_path):
     with pytest.raises(FsarError, match=words): comparison.compare_methods(Config(out=str(tmp_path / "out")), rows)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("extra, words", [(dict(seeds=[0, 0]), "stands twice"), (dict(seeds=[]), "at least one seed"), (dict(seeds=[-1]), "'seed' must be at least 0"), (dict(reference="otm"), "Did you mean 'otam'"),
+@pytest.mark.parametrize("extra, words", [(dict(seeds=[0, 0]), "is given twice"), (dict(seeds=[]), "at least one seed"), (dict(seeds=[-1]), "'seed' must be at least 0"), (dict(reference="otm"), "Did you mean 'otam'"),
                                           (dict(processes=0), "must be at least 1"), (dict(threads=0), "must be at least 1")])
 def test_wrong_settings_are_refused_before_anything_runs(extra, words, tmp_path):
     with pytest.raises(FsarError, match=words): comparison.compare_methods(Config(out=str(tmp_path / "out")), ["otam", "bimhm"], **extra)
@@ -124,7 +125,7 @@ def base(tiny_motions, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(base): return experiments.prepare_data(base, progress=False)
+def data(base): return prepare_data(base, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_the_table_is_its_files(made):
 
 
 def test_all_answered_the_same_episodes(made, asked):
-    hashes = {name: table.hash for name, table in sweeps.questions(asked).items()}
+    hashes = {name: table.hash for name, table in sweeps.tables_by_name(asked).items()}
     assert all(read_json(made / "results" / f"{name}.json")["episodes"] == hashes for name in read_json(made / "metrics.json")["trainings"])
 
 
@@ -207,7 +208,7 @@ def test_more_seeds_and_rows_run_only_what_is_missing(made, tmp_path, base, data
     grown = copied(made, tmp_path, base)
     rows, out = parse_rows([*ROWS, "otam"]), Path(grown.out)
     before = times(out)
-    assert not comparison.claim(out, grown, experiments_rows.jobs_of(grown, rows, [0]), {"runs": [*ROWS, "otam"], "seeds": [0], "reference": ""})
+    assert not comparison.is_finished(out, grown, experiments_rows.jobs_of(grown, rows, [0]), {"runs": [*ROWS, "otam"], "seeds": [0], "reference": ""})
     sweeps.run_jobs(experiments_rows.jobs_of(grown, rows, [0]), data, asked, out, progress=False)
     after = times(out)
     assert {k: v for k, v in after.items() if k in before} == before and {k.parts[1] for k in after if k not in before and k.parts[0] == "checkpoints"} == {"otam-0"}
@@ -221,7 +222,7 @@ def test_a_finished_training_is_only_tested(made, tmp_path, base, data, asked, m
     jobs = experiments_rows.jobs_of(again, parse_rows(ROWS), SEEDS)
     sweeps.run_jobs(jobs, data, asked, out, progress=False)
     for job in jobs:
-        for name in sweeps.questions(asked): assert read_json(out / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
+        for name in sweeps.tables_by_name(asked): assert read_json(out / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
 
 
 def test_two_processes_give_the_same_numbers(made, tmp_path, base, data, asked, capfd):
@@ -229,7 +230,7 @@ def test_two_processes_give_the_same_numbers(made, tmp_path, base, data, asked, 
     jobs = experiments_rows.jobs_of(both, parse_rows(ROWS), [1])
     sweeps.run_jobs(jobs, data, asked, both.out, workers=Workers(processes=2))
     for job in jobs:
-        for name in sweeps.questions(asked): assert read_json(tmp_path / "both" / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
+        for name in sweeps.tables_by_name(asked): assert read_json(tmp_path / "both" / "results" / f"{job.name}-{name}.json") == read_json(made / "results" / f"{job.name}-{name}.json")
         assert read_json(tmp_path / "both" / "results" / f"{job.name}.json")["weights"] == read_json(made / "results" / f"{job.name}.json")["weights"]
     said = capfd.readouterr().err
     assert all(f"{job.name}: 5-way 1-shot " in said for job in jobs)
@@ -244,11 +245,10 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(made, tmp_path, bas
         if number == 3 and steps.count(3) == 1: raise KeyboardInterrupt
         return whole(run, batches, number)
     monkeypatch.setattr(training, "run_step", step)
-    monkeypatch.setattr(sweeps.experiments, "training_episodes", protocol.training_episodes)
     monkeypatch.setattr(training, "is_due", lambda *_: False)
     monkeypatch.setattr(training.time, "monotonic", iter(range(0, 10**6, 40)).__next__)   # a save after every step
     with pytest.raises(KeyboardInterrupt): sweeps.run_jobs(jobs, data, asked, out, progress=False)
-    assert sweeps.state(out, jobs[0]) == "running" and not sweeps.finished(out, jobs[0])
+    assert sweeps.state(out, jobs[0]) == "running" and not sweeps.finished_record(out, jobs[0])
     sweeps.run_jobs(jobs, data, asked, out, progress=False)
     assert steps == [0, 1, 2, 3, 3, 4, 5]
     assert read_json(out / "results" / "protonet-0.json")["weights"] == read_json(made / "results" / "protonet-0.json")["weights"]
@@ -261,28 +261,28 @@ def test_a_failing_row_is_named_and_the_rest_finish(tmp_path, base, data, asked)
     sweeps.run_jobs(jobs, data, asked, out, progress=False)
     record = read_json(out / "results" / "hot-0.json")
     assert record["status"] == "failed" and record["reason"].startswith("training stopped at step 0: not finite") and str(tmp_path) not in json.dumps(record["reason"])
-    metrics = comparison.measured(some, rows, [0], data)
+    metrics = comparison.comparison_metrics(some, rows, [0], data)
     assert metrics["rows"]["hot"]["failed"] == [{"seed": 0, "reason": record["reason"]}] and metrics["rows"]["protonet"]["seeds"] == [0]
     assert "1 of 2 runs FAILED" in metrics["headline"] and metrics["differences"] == [] and "hot, seed 0, did not finish" in side_by_side.failures(metrics)[0]
     assert list(side_by_side.answer_table(metrics)["seeds"]) == ["1", "0 of 1"]
-    side_by_side.methods_figure(metrics), side_by_side.pairs_figure(metrics), side_by_side.limits(metrics), side_by_side.shown(metrics), side_by_side.question(metrics)
-    assert comparison.measured(some, rows, [0], data, reference="hot")["differences"] == []
-    with pytest.raises(FsarError, match="none of the 1 runs finished; hot-0: training stopped"): comparison.measured(some, rows[1:], [0], data)
+    side_by_side.methods_figure(metrics), side_by_side.pairs_figure(metrics), side_by_side.limits(metrics), side_by_side.findings(metrics), side_by_side.question(metrics)
+    assert comparison.comparison_metrics(some, rows, [0], data, reference="hot")["differences"] == []
+    with pytest.raises(FsarError, match="none of the 1 runs finished; hot-0: training stopped"): comparison.comparison_metrics(some, rows[1:], [0], data)
 
 
 def test_an_error_of_ours_is_kept_with_its_last_line(tmp_path, base, data, asked, monkeypatch):
-    monkeypatch.setattr(sweeps, "run_task", lambda *_: {}["no such key"])
+    monkeypatch.setattr(sweeps, "run_job", lambda *_: {}["no such key"])
     out = tmp_path / "out"
     sweeps.run_jobs(experiments_rows.jobs_of(base, parse_rows(ROWS), [0]), data, asked, out, progress=False)
     record = read_json(out / "results" / "set-0.json")
-    assert record["reason"] == "KeyError: 'no such key'" and "run_task" in record["traceback"]
+    assert record["reason"] == "KeyError: 'no such key'" and "run_job" in record["traceback"]
 
 
 def test_a_process_that_is_killed_is_one_failed_run(tmp_path, base, data, asked, monkeypatch):
-    monkeypatch.setattr(sweeps, "in_processes", lambda work, tasks, processes, threads: iter([(tasks[0], sweeps._ending(-9))]))
+    monkeypatch.setattr(sweeps, "in_processes", lambda work, tasks, processes, threads: iter([(tasks[0], sweeps.exit_text(-9))]))
     job = experiments_rows.jobs_of(base, parse_rows(ROWS[:1]), [0])
     sweeps.run_jobs(job, data, asked, tmp_path, workers=Workers(processes=2), progress=False)
-    assert "ended with code -9: killed, perhaps for want of memory" in read_json(tmp_path / "results" / "protonet-0.json")["reason"]
+    assert "ended with code -9: killed, perhaps for lack of memory" in read_json(tmp_path / "results" / "protonet-0.json")["reason"]
 
 
 def test_processes_end_with_whoever_asked():

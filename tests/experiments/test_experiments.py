@@ -17,7 +17,7 @@ from fsar.reports import notebooks, provenance
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
 from fsar.core.files import resource, write_json
-from fsar.data.datasets import dataset_kind
+from fsar.data.datasets import Data, dataset_kind, prepare_data
 from fsar.data.episodes import Episode
 
 TEMPLATE = resource("templates") / "train.ipynb"
@@ -80,35 +80,35 @@ def test_an_unknown_data_set_names_the_nearest():
 
 
 def test_a_benchmark_wants_its_videos():
-    with pytest.raises(FsarError, match="--videos FOLDER"): experiments.prepare_data(Config(dataset="ucf101"))
+    with pytest.raises(FsarError, match="--videos FOLDER"): prepare_data(Config(dataset="ucf101"))
 
 
 def test_a_folder_is_prepared_once_in_the_cache(tiny_motions, tmp_path, monkeypatch):
     monkeypatch.setenv("FSAR_CACHE", str(tmp_path))
     config = Config(dataset=str(tiny_motions), short_side=32, size=32)
-    data = experiments.prepare_data(config, progress=False)
+    data = prepare_data(config, progress=False)
     assert data.store.path.parent == tmp_path / "stores" and data.name == tiny_motions.name
-    assert experiments.prepare_data(config, progress=False).store.hash == data.store.hash and len(list((tmp_path / "stores").iterdir())) == 1
-    other = experiments.prepare_data(config.replace(test_classes=[data.store.classes("test")[0]], train_classes=list(data.store.classes("train"))), progress=False)
+    assert prepare_data(config, progress=False).store.hash == data.store.hash and len(list((tmp_path / "stores").iterdir())) == 1
+    other = prepare_data(config.replace(test_classes=[data.store.classes("test")[0]], train_classes=list(data.store.classes("train"))), progress=False)
     assert other.store.path != data.store.path and any("left out" in note for note in other.notes)
 
 
 def test_store_may_lie_where_the_user_says(tiny_motions, tmp_path, monkeypatch):
     monkeypatch.setenv("FSAR_CACHE", str(tmp_path / "cache"))
-    data = experiments.prepare_data(Config(dataset=str(tiny_motions), short_side=32, size=32, store=str(tmp_path / "mine")), progress=False)
+    data = prepare_data(Config(dataset=str(tiny_motions), short_side=32, size=32, store=str(tmp_path / "mine")), progress=False)
     assert data.store.path == tmp_path / "mine" and not (tmp_path / "cache").exists()
 
 
 def test_no_val_classes_is_an_error_unless_nothing_is_selected(tiny_store):
     index = tiny_store.index[tiny_store.index["split"] != "val"]
-    data = experiments.Data("tiny", dataclasses.replace(tiny_store, index=index))
-    with pytest.raises(FsarError, match="--protocol last"): protocol.validator(Config(), data, None, "cpu", "fp32")
-    assert protocol.validator(Config(protocol="last"), data, None, "cpu", "fp32") is None
-    assert protocol.validator(Config(validate_every=0), data, None, "cpu", "fp32") is None
+    data = Data("tiny", dataclasses.replace(tiny_store, index=index))
+    with pytest.raises(FsarError, match="--protocol last"): protocol.validator(Config(), data, None, "fp32")
+    assert protocol.validator(Config(protocol="last"), data, None, "fp32") is None
+    assert protocol.validator(Config(validate_every=0), data, None, "fp32") is None
 
 
 def test_test_episodes_are_the_same_for_every_method_and_seed(tiny_store):
-    data = experiments.Data("tiny", tiny_store)
+    data = Data("tiny", tiny_store)
     tables = [protocol.table_of(Config(method=m, seed=s, test_queries=2), data, "test", 1, 20) for m, s in (("molo", 0), ("protonet", 7))]
     assert tables[0].hash == tables[1].hash
     assert protocol.table_of(Config(test_queries=2), data, "val", 1, 20).hash != tables[0].hash
@@ -179,7 +179,7 @@ def test_another_configuration_is_not_overwritten_unless_asked(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FsarError, match=r"a finished run of another configuration \(lr 0.001 → 0.01\).*--overwrite"):
         experiments.run(config.replace(lr=0.01))
-    assert not experiments.claim(tmp_path, config.replace(lr=0.01), "train", True)
+    assert not experiments.is_finished(tmp_path, config.replace(lr=0.01), "train", True)
     notebooks.clear(tmp_path, "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
@@ -188,11 +188,11 @@ def test_an_unfinished_run_is_resumed_and_a_finished_one_reused(tmp_path):
     config = Config(out=str(tmp_path))
     state(tmp_path, config, "running")
     write_json(tmp_path / "metrics.json", {"headline": "61.2 %"})
-    assert not experiments.claim(tmp_path, config, "train", False)
+    assert not experiments.is_finished(tmp_path, config, "train", False)
     state(tmp_path, config, "finished")
-    assert experiments.claim(tmp_path, config.replace(workers=3), "train", False)
+    assert experiments.is_finished(tmp_path, config.replace(workers=3), "train", False)
     (tmp_path / "metrics.json").unlink()
-    assert not experiments.claim(tmp_path, config, "train", False)
+    assert not experiments.is_finished(tmp_path, config, "train", False)
 
 
 @pytest.mark.parametrize("body, words", [("raise FsarError('class walk is empty')", "^class walk is empty$"), ("raise VideoError('a.mp4', 'cut off')", "a.mp4"),
@@ -201,7 +201,7 @@ def test_a_failing_cell_leaves_its_traceback_and_one_line(tmp_path, body, words)
     source = notebook(tmp_path / "source.ipynb", "import sys\nfrom fsar.core.basics import FsarError\nfrom fsar.data.video import VideoError\n" + "\n".join(f"print('{k}%', end='\\r', file=sys.stderr)" for k in range(3)) + "\n" + body)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(FsarError, match=words) as e: experiments._execute(source, out, Config(out=str(out)), "toy", progress=False)
+    with pytest.raises(FsarError, match=words) as e: notebooks.produce(source, out, {}, {"template": "toy"}, progress=False)
     assert "\n" not in str(e.value)
     left = nbformat.read(out / "toy.ipynb", 4)
     assert [o.output_type for c in left.cells for o in c.get("outputs", []) if o.output_type == "error"] and not (out / "report.html").exists()
@@ -225,34 +225,34 @@ def test_a_run_from_before_a_field_existed_is_still_its_own(tmp_path):
     for status, reused in (("finished", True), ("running", False)):
         write_json(tmp_path / "run.json", dict(config=older, config_hash="of another set of fields", template="train", status=status))
         write_json(tmp_path / "metrics.json", {"config": older})
-        assert experiments.claim(tmp_path, config, "train", False) is reused
-    with pytest.raises(FsarError, match=r"an unfinished run of another configuration \(sampler '' → 'vim'\)"): experiments.claim(tmp_path, config.replace(sampler="vim"), "train", False)
+        assert experiments.is_finished(tmp_path, config, "train", False) is reused
+    with pytest.raises(FsarError, match=r"an unfinished run of another configuration \(sampler '' → 'vim'\)"): experiments.is_finished(tmp_path, config.replace(sampler="vim"), "train", False)
     (tmp_path / "run.json").unlink()
-    assert experiments.claim(tmp_path, config, "train", False) is False
-    with pytest.raises(FsarError, match="sampler differ"): experiments.claim(tmp_path, config.replace(sampler="vim"), "train", False)
+    assert experiments.is_finished(tmp_path, config, "train", False) is False
+    with pytest.raises(FsarError, match="sampler differ"): experiments.is_finished(tmp_path, config.replace(sampler="vim"), "train", False)
 
 
-def test_importing_experiments_is_light():
-    assert subprocess.run([sys.executable, "-c", "import sys, fsar.experiments.runs; sys.exit('torch' in sys.modules)"]).returncode == 0
+def test_importing_the_commands_is_light():
+    assert subprocess.run([sys.executable, "-c", "import sys, fsar.cli.runs, fsar.cli.experiments; sys.exit('torch' in sys.modules)"]).returncode == 0
 
 
 def test_a_report_without_its_run_is_made_again_but_not_replaced(tmp_path):
     mine = Config(method="protonet")
     write_json(tmp_path / "metrics.json", {"config": mine.to_dict()})
-    assert experiments.claim(tmp_path, mine.replace(out=str(tmp_path)), "train", False) is False  # the same again
+    assert experiments.is_finished(tmp_path, mine.replace(out=str(tmp_path)), "train", False) is False  # the same again
     with pytest.raises(FsarError, match="holds a report of another configuration .method, seed differ.: choose another --out"):
-        experiments.claim(tmp_path, mine.replace(method="otam", seed=3), "train", False)
-    assert experiments.claim(tmp_path, mine.replace(seed=3), "train", True) is False  # when told to
+        experiments.is_finished(tmp_path, mine.replace(method="otam", seed=3), "train", False)
+    assert experiments.is_finished(tmp_path, mine.replace(seed=3), "train", True) is False  # when told to
     with pytest.raises(FsarError, match="holds another kind of report: choose another --out"): experiments.compare_runs(["a", "b"], tmp_path)
     write_json(tmp_path / "metrics.json", {"runs": {}})  # a comparison of runs
-    with pytest.raises(FsarError, match="another configuration"): experiments.claim(tmp_path, mine, "train", False)
+    with pytest.raises(FsarError, match="another configuration"): experiments.is_finished(tmp_path, mine, "train", False)
 
 
 def test_a_fresh_clone_can_run_the_demo_over_the_published_report():
     root = Path(__file__).parents[2]
     words = re.search(r"/fsar train (.*)", (root / "Makefile").read_text())[1].split()
     from fsar.cli.main import parse
-    assert experiments._remakes(root / "reports" / "quickstart", parse(["train", *words]).config()) is False
+    assert experiments.check_remake(root / "reports" / "quickstart", parse(["train", *words]).config()) is None
 
 
 @pytest.mark.parametrize("metadata, words", [({}, "names no kernel"), ({"kernelspec": {"name": "no-such-kernel", "display_name": "x"}}, "needs the Jupyter kernel 'no-such-kernel', which is not installed .*python3.*ipykernel install")])

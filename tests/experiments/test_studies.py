@@ -97,7 +97,7 @@ def test_curves_say_what_is_inside_the_noise():
 
 @pytest.mark.parametrize("call, words", [(dict(name="ablation_mollo"), "Did you mean 'ablation_molo'"), (dict(name="n_way", own={"levels": [0, 1]}), "no setting 'levels'"), (dict(name="misalignment", dataset="hmdb51"), "is a dial of the rendered motions"),
                                          (dict(name="misalignment", own={"levels": [0, 2]}), "from 0 to 1"), (dict(name="frames", frame=4), "Did you mean 'frames'"), (dict(name="frames", runs=["otam config.ways=3"]), "cannot be a row's own"),
-                                         (dict(name="frames", reference="otam"), "is no row"), (dict(name="frames", how={"processes": 0}), "at least 1")])
+                                         (dict(name="frames", reference="otam"), "is not a row"), (dict(name="frames", how={"processes": 0}), "at least 1")])
 def test_wrong_studies_are_refused_before_anything_runs(call, words, tmp_path):
     with pytest.raises(FsarError, match=words): studies.study(**{"out": str(tmp_path / "out"), **call})
     assert not list(tmp_path.iterdir())
@@ -119,7 +119,7 @@ def test_parts_from_the_command_line_to_the_page(flags, tmp_path, capsys):
         a, b = (metrics["rows"][name] for name in g["names"])
         pick = (lambda row: row["reversed_pairs"]) if "pairs" in g["task"] else (lambda row: next(r for r in row["results"] if r["task"] == g["task"]))
         assert g["difference"] == pytest.approx(pick(a)["accuracy"] - pick(b)["accuracy"])
-    assert cli.main(shlex.split(metrics["command"])[1:]) == 0 and "nothing to run" in capsys.readouterr().out
+    assert cli.main(shlex.split(metrics["command"])[1:]) == 0 and "nothing to run" in capsys.readouterr().err
 
 
 def test_ways_on_the_page_with_the_published_curve(flags, tmp_path):
@@ -146,7 +146,7 @@ def test_the_dial_is_turned_for_every_run_and_kept(tmp_path, monkeypatch):
     metrics, kept = read_json(tmp_path / "dial" / "metrics.json"), sorted((tmp_path / "dial" / "results").glob("*-misalignment-*.json"))
     assert len(kept) == 8 and {(p["line"], p["x"]) for p in metrics["points"]} == {(m, x) for m in ("protonet", "otam") for x in (0.0, 1.0)} and len(set(metrics["misalignment_episodes"].values())) == 1   # the same episodes of videos whose action moves
     times = [p.stat().st_mtime_ns for p in kept]
-    monkeypatch.setattr(studies, "tested_on", lambda *_, **__: pytest.fail("tested again"))
+    monkeypatch.setattr(studies, "evaluate_on", lambda *_, **__: pytest.fail("tested again"))
     config = base_of("misalignment", **{k: v for k, v in metrics["config"].items()})
     studies.misaligned(tmp_path / "dial", experiments_rows.jobs_of(config, parse_rows(["protonet", "otam"]), [0, 1]), config, [0, 1], progress=False)
     assert [p.stat().st_mtime_ns for p in kept] == times

@@ -1,12 +1,9 @@
-"Many runs: grids, records, what is taken over, what is killed and goes on, the table of results, and the same sweep on a Ray cluster of two nodes."
+"Many runs: grids, records, what is taken over, what is killed and goes on and the table of results. (On a cluster: test_cluster.py.)"
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -14,11 +11,12 @@ import pandas as pd
 import pytest
 
 from fsar.cli import main as cli
-from fsar.experiments import protocol, runs as experiments, sweeps
+from fsar.experiments import protocol, sweeps
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, write_json
-from fsar.experiments.sweeps import Job, Task, Workers, grid, read_sweep, run_sweep, state, states
+from fsar.data.datasets import prepare_data
+from fsar.experiments.sweeps import Job, PreparedJob, Workers, grid, read_sweep, run_sweep, state, states
 
 SMALL = dict(short_side=32, size=32, frames=4, ways=3, queries=1, episodes=6, precision="fp32", validate_every=0, protocol="last", test_queries=1, test_shots=(1,), test_episodes=20)
 
@@ -66,12 +64,12 @@ def test_labels_are_file_names(base):
 
 
 @pytest.mark.parametrize("over, runs, words", [({"metod": ["otam"]}, (), "Did you mean 'method'"), ({"lr": 0.1}, (), "a list of values for 'lr'"), ({"lr": []}, (), "a list of values"), ({"method": "otam"}, (), "a list of values"),
-                                               ({}, (), "at least one run"), ({}, [{"label": "a b"}], "no name for a file"), ({}, [{"label": "a", "lr": 0.1}, {"label": "A"}], "two runs have the label"), ({"lr": [-1.0]}, (), "between")])
+                                               ({}, (), "at least one run"), ({}, [{"label": "a b"}], "cannot be a file's name"), ({}, [{"label": "a", "lr": 0.1}, {"label": "A"}], "two runs have the label"), ({"lr": [-1.0]}, (), "between")])
 def test_wrong_grids(base, over, runs, words):
     with pytest.raises(FsarError, match=words): grid(base, over, runs)
 
 
-@pytest.mark.parametrize("text, words", [("[gird]\nlr = [1]", "table 'gird'. Did you mean 'grid'"), ("[base", "is no TOML"), ("[base]\nwys = 3\n[grid]\nlr = [0.1]", "s.toml: unknown configuration key 'wys'"), ("", "at least one run")])
+@pytest.mark.parametrize("text, words", [("[gird]\nlr = [1]", "table 'gird'. Did you mean 'grid'"), ("[base", "is not valid TOML"), ("[base]\nwys = 3\n[grid]\nlr = [0.1]", "s.toml: unknown configuration key 'wys'"), ("", "at least one run")])
 def test_wrong_files(tmp_path, text, words):
     (tmp_path / "s.toml").write_text(text)
     with pytest.raises(FsarError, match=words): read_sweep(tmp_path / "s.toml")
@@ -89,7 +87,7 @@ def test_impossible_runs_are_named_first(base, jobs, tmp_path, change, words):
 
 def test_a_train_run_with_too_many_ways_stops_before_training(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fsar.engine.training.run_step", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(FsarError, match="21-way episodes need 21"): protocol.model_for(base.replace(test_ways=(3, 21)), experiments.prepare_data(base, progress=False))
+    with pytest.raises(FsarError, match="21-way episodes need 21"): protocol.model_for(base.replace(test_ways=(3, 21)), prepare_data(base, progress=False))
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(processes=0), "must be at least 1"), (dict(cluster="auto", processes=2), "leave --processes out"), (dict(gpus=-1.0), "cannot ask for")])
@@ -100,9 +98,9 @@ def test_wrong_workers(wrong, words):
 # several numbers of ways
 
 def test_tests_with_several_ways(base):
-    data = experiments.prepare_data(base, progress=False)
+    data = prepare_data(base, progress=False)
     asked = protocol.tables_of(base.replace(test_ways=(2, 5), test_shots=(1, 2)), data)
-    assert [(t.info["ways"], t.info["shots"][0]) for t in asked.tables] == [(2, 1), (2, 2), (5, 1), (5, 2)] and set(sweeps.questions(asked)) >= {"test-2-way-1-shot", "test-5-way-2-shot"}
+    assert [(t.info["ways"], t.info["shots"][0]) for t in asked.tables] == [(2, 1), (2, 2), (5, 1), (5, 2)] and set(sweeps.tables_by_name(asked)) >= {"test-2-way-1-shot", "test-5-way-2-shot"}
     assert protocol.tables_of(base.replace(test_ways=(3,)), data).tables[0].hash == protocol.tables_of(base, data).tables[0].hash
     with pytest.raises(FsarError, match="'test_ways' wants numbers from 1 up"): base.replace(test_ways=(0,))
 
@@ -129,7 +127,7 @@ def test_parquet_says_what_it_needs(done, jobs):
 
 
 def test_again_runs_nothing(done, jobs, monkeypatch):
-    monkeypatch.setattr(sweeps, "run_task", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sweeps, "run_job", lambda *_: pytest.fail("it ran"))
     assert run_sweep(jobs, done[0], progress=False)["states"] == {"finished": 4}
 
 
@@ -149,7 +147,7 @@ def test_runs_on_different_data_are_one_sweep(base, tmp_path):
 # what others have computed
 
 def test_equal_runs_are_taken_over(done, jobs, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "run_task", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sweeps, "run_job", lambda *_: pytest.fail("it ran"))
     renamed = [Job(f"my-{j.label}", j.config.replace(out="elsewhere")) for j in jobs]
     run_sweep(renamed, tmp_path / "new", reuse=[done[0]], progress=False)
     assert {k.removeprefix("my-"): v for k, v in outcomes(tmp_path / "new").items()} == outcomes(done[0])
@@ -165,14 +163,14 @@ def test_equal_trainings_are_tested_and_not_trained(done, jobs, tmp_path, monkey
 
 
 def test_what_differs_is_not_taken_over(done, jobs, base, tmp_path):
-    data = experiments.prepare_data(base, progress=False)
+    data = prepare_data(base, progress=False)
     for changed in (base.replace(lr=0.5), base.replace(method="bimhm"), base.replace(seed=7)):
-        task = Task(Job("protonet", changed), data, protocol.tables_of(changed, data), tmp_path / "checkpoints")
-        assert sweeps.take_over(tmp_path, task, sweeps.known([done[0]])) is task
-    record = dict(sweeps.known([done[0]])[0][1], data="other frames")
-    task = Task(jobs[0], data, protocol.tables_of(base, data), tmp_path / "checkpoints")
+        task = PreparedJob(Job("protonet", changed), data, protocol.tables_of(changed, data), tmp_path / "checkpoints")
+        assert sweeps.take_over(tmp_path, task, sweeps.finished_records([done[0]])) is task
+    record = dict(sweeps.finished_records([done[0]])[0][1], data="other frames")
+    task = PreparedJob(jobs[0], data, protocol.tables_of(base, data), tmp_path / "checkpoints")
     assert sweeps.take_over(tmp_path, task, [(tmp_path / "nowhere", record)]) is task
-    with pytest.raises(FsarError, match="holds no runs to take over"): sweeps.known([tmp_path])
+    with pytest.raises(FsarError, match="holds no runs to take over"): sweeps.finished_records([tmp_path])
 
 
 def test_weights_that_are_gone_are_named(done, jobs, tmp_path):
@@ -218,7 +216,7 @@ def test_a_dead_cluster_is_an_error(base, tmp_path, capsys):
 def test_states_without_their_process(jobs, tmp_path):
     (tmp_path / "results").mkdir()
     assert state(tmp_path, jobs[0]) == "waiting"
-    sweeps.begin(jobs[0], tmp_path)
+    sweeps.record_start(jobs[0], tmp_path)
     assert state(tmp_path, jobs[0]) == "running"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -230,7 +228,7 @@ def test_states_without_their_process(jobs, tmp_path):
 def test_the_bar_counts_episodes(jobs, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("FSAR_QUIET", raising=False)
     for folder in ("results", f"checkpoints/{jobs[0].name}"): (tmp_path / folder).mkdir(parents=True)
-    sweeps.begin(jobs[0], tmp_path)
+    sweeps.record_start(jobs[0], tmp_path)
     (sweeps.checkpoints(tmp_path, jobs[0]) / "log.csv").write_text("step,episodes,loss\n1,2,0.5\n2,4,0.4\n")
     with sweeps.watch(tmp_path, jobs, True) as say: say("a line")
     said = capfd.readouterr().err
@@ -243,7 +241,7 @@ def test_killed_and_started_again_it_repeats_nothing(done, jobs, base, tmp_path)
     out = tmp_path / "out"
     call = [sys.executable, "-m", "fsar", "sweep", str(file), "--out", str(out)]
     first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    finished = lambda: [j for j in jobs if sweeps.finished(out, j)]
+    finished = lambda: [j for j in jobs if sweeps.finished_record(out, j)]
     while len(finished()) < 2 and first.poll() is None: time.sleep(0.02)
     first.kill()
     first.wait()
@@ -251,42 +249,3 @@ def test_killed_and_started_again_it_repeats_nothing(done, jobs, base, tmp_path)
     assert before
     assert subprocess.run(call, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before and outcomes(out) == outcomes(done[0])
-
-
-# a cluster
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_cluster_of_two_nodes_gives_the_same(base, tmp_path, monkeypatch):
-    "Twelve runs on two nodes, one worker killed in the middle, one run made to fail: the others finish, and equal those of this process."
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fsar[cluster]'")
-    from ray.cluster_utils import Cluster
-    from fsar.experiments import cluster
-    jobs = grid(base, {"method": ["protonet", "otam", "bimhm"], "seed": [0, 1, 2, 3]}, [{"label": "hot", "method": "bimhm", "options": ["scale=1e39"]}])
-    assert len(jobs) == 13
-    killed: list[str] = []
-    def strike() -> None:
-        "SIGKILL to the worker of the first run that has begun to train."
-        while not killed:
-            for job in jobs:
-                with_record = sweeps.record_file(tmp_path / "ray", job)
-                if with_record.exists() and (r := read_json(with_record))["status"] == "running" and sweeps.episodes_done(tmp_path / "ray", job):
-                    os.kill(r["process"], signal.SIGKILL)
-                    killed.append(job.name)
-                    return
-            time.sleep(0.005)
-    with tempfile.TemporaryDirectory(prefix="fsar-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        for name, value in {**cluster.SETTINGS, "RAY_TMPDIR": folder}.items(): monkeypatch.setenv(name, value)
-        (Path(folder) / "ray").mkdir()
-        nodes = Cluster()
-        for options in (dict(include_dashboard=False, include_log_monitor=False, no_monitor=True), {}): nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20, **options)
-        try:
-            threading.Thread(target=strike, daemon=True).start()
-            found = run_sweep(jobs, tmp_path / "ray", workers=Workers(cluster=nodes.address), progress=False)
-        finally:
-            killed.append("")
-            ray.shutdown()
-            nodes.shutdown()
-    assert killed[0] and found["states"] == {"finished": 12, "failed": 1} and "not finite" in read_json(tmp_path / "ray" / "results" / "hot-0.json")["reason"]
-    run_sweep(jobs, tmp_path / "here", progress=False)
-    assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "here") and len(outcomes(tmp_path / "ray")) == 36

@@ -9,9 +9,8 @@ from fsar.data.episodes import EpisodeBatch
 from fsar.methods.molo import MotionDecoder, long_short_loss
 from fsar.model.base import METHODS, SAMPLERS
 from fsar.model.blocks import class_mean
-from fsar.model.registry import create_model, load_methods, parse_options
+from fsar.model.registry import create_model, parse_options
 
-load_methods()
 ALL = sorted(METHODS)
 FORMS = [(m, v, "") for m in ALL for v in METHODS[m].variants] + [(m, "paper", s) for m in ALL for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]  # every method, and every sampler in front of it
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")

@@ -21,13 +21,12 @@ from fsar.predict.hub import CARD, CONFIG, load_pretrained, results_of, push_to_
 from fsar.predict.pretrained import Preprocessing, Pretrained
 from fsar.predict.card import model_card
 from fsar.model.base import METHODS, SAMPLERS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 
-load_methods()
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
 forms = pytest.mark.parametrize("method, variant, sampler", FORMS, ids=["-".join(filter(None, (s, m, v))) for m, v, s in FORMS])
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")
-REPORT = Path(__file__).parent.parent / "reports" / "quickstart" / "metrics.json"
+REPORT = Path(__file__).parents[2] / "reports" / "quickstart" / "metrics.json"
 
 
 def small(method="protonet", variant="paper", sampler="", seed=1):
@@ -154,7 +153,7 @@ def change(path, *keys, value=None):
     (("model", "method"), "mollo", "unknown method 'mollo'. Did you mean 'molo'?"), (("model", "backbone"), "resnet51", "unknown backbone 'resnet51'. Did you mean"),
     (("model", "options"), {"scales": 3}, "method 'protonet' has no option 'scales'. Did you mean 'scale'?"), (("model", "options"), {"scale": "big"}, "wants a number, got 'big'"),
     (("model", "sampler"), "vym", "unknown sampler 'vym'"), (("model", "frames"), "four", "configuration key 'frames' wants a whole number, got 'four'"), (("model", "frame"), 8, "unknown key 'model.frame'. Did you mean 'frames'?"), (("model", "method"), None, "lacks the key 'model.method'"),
-    (("model",), [], "model is no mapping"), (("model", "backbone"), "resnet18", "do not fit the model built from its config.json"), (("model", "classes"), 7, "2 tensors differ, first 'classifier.bias'"),
+    (("model",), [], "model is not a mapping"), (("model", "backbone"), "resnet18", "do not fit the model built from its config.json"), (("model", "classes"), 7, "2 tensors differ, first 'classifier.bias'"),
     (("preprocessing", "size"), 64, "configuration key 'size' (64) is larger"), (("preprocessing", "size"), "32", "configuration key 'size' wants a whole number, got '32'"), (("preprocessing", "crop"), 3, "unknown key 'preprocessing.crop'"),
     (("library",), "transformers", "is not the configuration of a model of fsar"), (("format",), 99, "newer than this one"), (("modell",), {}, "unknown key 'modell'. Did you mean 'model'?"), (("license",), None, "lacks the key 'license'"),
     (("files", "model.safetensors"), "0" * 64, "is damaged or was altered"), (("files", "model.pkl"), "0", "unknown key 'files.model.pkl'")])

@@ -15,20 +15,19 @@ import torch
 from fsar.cli import main as cli, predict as cli_predict
 from fsar.predict import recognizer as predict
 from fsar.data.augment import TestTransform
-from fsar.predict.calibration import Calibration, Trials, above, calibrated, measured, temperature
+from fsar.predict.calibration import Calibration, Trials, fit_calibration, measure_calibration, roc_area, temperature
 from fsar.core.basics import FsarError, generator, torch_seed
 from fsar.data.episodes import VideoClips
 from fsar.engine.evaluation import embed_videos
 from fsar.predict.pretrained import ARRAYS, Preprocessing, Pretrained, clip_of, frames_of
 from fsar.predict.hub import load_pretrained
 from fsar.model.base import METHODS, SAMPLERS
-from fsar.model.registry import create_model, load_methods
+from fsar.model.registry import create_model
 from fsar.data.motions import render, split_classes
 from fsar.predict.recognizer import FewShotRecognizer, examples_of, matcher_of
 from fsar.predict.answers import prediction_figure, spans
 from fsar.data.video import VideoError, decode, decode_all, segment_indices, write_video
 
-load_methods()
 FORMS = [(m, v, "") for m in sorted(METHODS) for v in METHODS[m].variants] + [(m, "paper", s) for m in sorted(METHODS) for s in SAMPLERS if not issubclass(METHODS[m], SAMPLERS[s])]
 forms = pytest.mark.parametrize("method, variant, sampler", FORMS, ids=["-".join(filter(None, (s, m, v))) for m, v, s in FORMS])
 pytestmark = pytest.mark.filterwarnings("ignore:.*lazy modules.*")
@@ -249,7 +248,7 @@ def test_temperature_of_what_cannot_be_calibrated():
 def test_above_counts_pairs():
     with torch_seed(0): a, b = torch.randint(0, 6, (40,)).float(), torch.randint(0, 5, (30,)).float()
     by_hand = ((a[:, None] > b).double() + (a[:, None] == b).double() / 2).mean()
-    assert above(a, b) == pytest.approx(float(by_hand)) and above(b, b) == 0.5 and above(a + 10, b) == 1
+    assert roc_area(a, b) == pytest.approx(float(by_hand)) and roc_area(b, b) == 0.5 and roc_area(a + 10, b) == 1
 
 
 def trials(n=4000, seed=0) -> Trials:
@@ -261,8 +260,8 @@ def trials(n=4000, seed=0) -> Trials:
 
 @pytest.mark.parametrize("reject", [0.05, 0.5, 0.8, 0.95])
 def test_the_threshold_rejects_what_it_should_here_and_elsewhere(reject):
-    c = calibrated(trials(), reject)
-    there = measured(trials(seed=1), c.temperature, c.threshold)
+    c = fit_calibration(trials(), reject)
+    there = measure_calibration(trials(seed=1), c.temperature, c.threshold)
     assert c.rejected == pytest.approx(reject, abs=0.01) and there.rejected == pytest.approx(reject, abs=0.04)
     assert 0 <= c.lost < c.rejected and c.answered <= c.accuracy and c.answered == pytest.approx(c.accuracy, abs=c.lost + 1e-9) and c.separation > 0.8
     assert c.confidence == pytest.approx(c.accuracy, abs=0.01) and there.confidence == pytest.approx(there.accuracy, abs=0.03)
@@ -311,7 +310,7 @@ def test_what_cannot_be_calibrated_is_named(tiny_store):
 def test_a_calibration_decides_is_kept_and_travels(clips, tmp_path):
     known = recogniser().learn(clips)
     plain = known(array(0))
-    best, c = float(known.logits(known.embed([array(0)])[0]).max()), calibrated(trials())
+    best, c = float(known.logits(known.embed([array(0)])[0]).max()), fit_calibration(trials())
     for threshold, none in ((best - 1e-3, False), (best + 1e-3, True)):
         known._calibrate(replace(c, temperature=0.5, threshold=threshold))
         p = known(array(0))
@@ -325,11 +324,11 @@ def test_a_calibration_decides_is_kept_and_travels(clips, tmp_path):
     known.save_support(tmp_path / "learned.safetensors")
     assert recogniser().load_support(tmp_path / "learned.safetensors").calibration == known.calibration
     known.pretrained = replace(known.pretrained, calibration={"temperature": 1})
-    assert "this is no calibration" in message(known, array(0))
+    assert "this is not a calibration" in message(known, array(0))
 
 
 def test_a_wrong_calibration_in_a_model_is_refused():
-    good = asdict(calibrated(trials()))
+    good = asdict(fit_calibration(trials()))
     for wrong in ({**good, "temperature": 0}, {**good, "temperature": "1"}, {**good, "threshold": None}, {**good, "more": 1}, []): message(Calibration.from_dict, wrong)
 
 

@@ -10,7 +10,7 @@ from fsar.reports import published
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json
 from fsar.data.motions import PRESETS, render
-from fsar.reports.published import beside, beside_table, protocol_differences, row_for
+from fsar.reports.published import compare_published, published_table, protocol_differences, row_for
 from fsar.data.splits import SPLITS, benchmark_manifest, load_split
 from fsar.data.store import prepare
 from fsar.data.video import write_video
@@ -69,7 +69,7 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     file = published.resource("templates") / "published.csv"
     monkeypatch.setattr(published, "resource", lambda name: tmp_path)
     with pytest.raises(FsarError, match="is missing"): published.published()
-    for text, words in ((file.read_text().replace(",42.8,", ",428,", 1), "line 2: no accuracy in percent"), (file.read_text().replace(",42.8,", ",many,", 1), "no number"), (file.read_text().replace("accuracy", "acc", 1), "other columns")):
+    for text, words in ((file.read_text().replace(",42.8,", ",428,", 1), "line 2: not an accuracy in percent"), (file.read_text().replace(",42.8,", ",many,", 1), "not a number"), (file.read_text().replace("accuracy", "acc", 1), "other columns")):
         (tmp_path / "published.csv").write_text(text)
         with pytest.raises(FsarError, match=words): published.published()
 
@@ -95,29 +95,29 @@ def run_metrics(**changes):
 
 
 def test_a_run_beside_its_row():
-    found = beside(run_metrics())
+    found = compare_published(run_metrics())
     assert list(found["row"]) == ["MoLo (Bi-MHM)"] * 2 and list(found["published"]) == [86.0, 95.5] and found["difference"].tolist() == pytest.approx([-1.0, 0.5]) and found["ci95"].tolist() == pytest.approx([0.4, 0.4])
-    assert list(beside_table(found)["ours − published"]) == ["-1.0 ± 0.4", "+0.5 ± 0.4"]
+    assert list(published_table(found)["ours − published"]) == ["-1.0 ± 0.4", "+0.5 ± 0.4"]
 
 
 def test_a_comparison_beside_its_rows():
     results = run_metrics()["results"]
     rows = {"plain": dict(method="otam", sampler="", options=[], results=results), "tuned": dict(method="finetune", sampler="", options=[], results=results[:1]), "lost": dict(method="trx", sampler="", options=[], results=[])}
-    found = beside({**{k: v for k, v in run_metrics().items() if k != "results"}, "rows": rows})
+    found = compare_published({**{k: v for k, v in run_metrics().items() if k != "results"}, "rows": rows})
     assert list(found["ours"]) == ["plain", "plain", "tuned"] and found["published"].tolist()[:2] == [79.9, 88.9] and np.isnan(found["published"].iloc[2])
-    assert list(beside_table(found)["published"]) == ["79.9 %", "88.9 %", "–"]
+    assert list(published_table(found)["published"]) == ["79.9 %", "88.9 %", "–"]
 
 
 @pytest.mark.parametrize("changes", [dict(data=dict(benchmark=None)), dict(data=dict(benchmark="mine"))])
 def test_other_data_has_nothing_beside(changes):
     metrics = run_metrics(**changes)
-    assert beside(metrics).empty and list(beside(metrics).columns) == list(published.FOUND) and protocol_differences(metrics) == [] and beside_table(beside(metrics)).empty
+    assert compare_published(metrics).empty and list(compare_published(metrics).columns) == list(published.FOUND) and protocol_differences(metrics) == [] and published_table(compare_published(metrics)).empty
 
 
 def test_other_splits_ways_and_unequal_shots_are_not_compared():
     results = run_metrics()["results"]
-    assert beside(run_metrics(results=[{**results[0], "split": "val"}])).empty
-    assert beside(run_metrics(results=[{**results[0], "ways": 6}, {**results[0], "shots": [1, 5]}]))["published"].isna().all()
+    assert compare_published(run_metrics(results=[{**results[0], "split": "val"}])).empty
+    assert compare_published(run_metrics(results=[{**results[0], "ways": 6}, {**results[0], "shots": [1, 5]}]))["published"].isna().all()
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -160,7 +160,7 @@ SMALL = ["--short-side", "32", "--size", "32", "--frames", "4", "--queries", "1"
 def test_a_report_on_a_benchmark_sets_the_published_row_beside(ucf_store, tmp_path, capsys):
     assert cli.main(["train", "--dataset", str(ucf_store), "--method", "molo", "--options", "matcher=otam", "redraw=4", *SMALL, "--out", str(tmp_path / "run")]) == 0
     page, metrics = (tmp_path / "run" / "report.html").read_text(), read_json(tmp_path / "run" / "metrics.json")
-    assert metrics["data"]["benchmark"] == "ucf101" and "Beside published results" in page and "85.4 %" in page and "MoLo (OTAM)" in page and "no number in the tables" in page  # 5-way 2-shot
+    assert metrics["data"]["benchmark"] == "ucf101" and "Next to published results" in page and "85.4 %" in page and "MoLo (OTAM)" in page and "no number in the tables" in page  # 5-way 2-shot
     assert f"{100 * metrics['results'][0]['accuracy'] - 85.4:+.1f} ± {100 * metrics['results'][0]['ci95']:.1f}" in page
     for text in ("Backbone: resnet_micro, from scratch", "24 of 9,154 train videos in 6 of 70 classes", "24 of 2,745 test videos in 6 of 21 classes", "Options that the published rows do not have: molo: redraw=4"): assert text in page
 
@@ -168,4 +168,4 @@ def test_a_report_on_a_benchmark_sets_the_published_row_beside(ucf_store, tmp_pa
 def test_a_comparison_on_a_benchmark_too(ucf_store, tmp_path, capsys):
     assert cli.main(["compare", "--runs", "protonet", "otam", "--seeds", "0", "--dataset", str(ucf_store), *SMALL, "--out", str(tmp_path / "methods")]) == 0
     page = (tmp_path / "methods" / "report.html").read_text()
-    assert "Beside published results" in page and "79.9 %" in page and page.count("no number in the tables") == 3 and "released code of MoLo, TA2N and others chooses on the test split" in page
+    assert "Next to published results" in page and "79.9 %" in page and page.count("no number in the tables") == 3 and "released code of MoLo, TA2N and others chooses on the test split" in page

@@ -105,7 +105,7 @@ def test_reversed_figure_states_mean_and_chance():
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["all pairs 62.0 ± 1.0 %", "chance 50 %"]
 
 
-@pytest.mark.parametrize("accuracy, words", [(0.505, "does not show that it sees"), (0.52, "does not show that it sees"), (0.7, "sees the direction"), (0.3, "for their reversals")])
+@pytest.mark.parametrize("accuracy, words", [(0.505, "does not show that it sees"), (0.52, "does not show that it sees"), (0.7, "sees the direction"), (0.3, "confuses motions with their reversals")])
 def test_direction_says_whether_time_is_seen(accuracy, words):
     "0.52 ± 0.01 is above chance on these videos, but not beyond what 200 videos do by luck."
     assert words in reports.direction(result(accuracy=accuracy, ci95=0.01, chance=0.5, videos=200))

@@ -18,7 +18,7 @@ from fsar.core.basics import FsarError
 from fsar.core.files import read_json, write_json
 from fsar.reports.rerun import index_text, same_figures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # two files held against each other
@@ -86,7 +86,7 @@ def report_at(folder, command="fsar train --out reports/x", notebook="train.ipyn
 
 def test_what_is_no_report_or_says_no_command(tmp_path, capsys):
     for folder, words in ((tmp_path / "nothing", "holds no finished report: it has no metrics.json"), (report_at(tmp_path / "old", command=None), "its version stored no command"), (report_at(tmp_path / "new", notebook="dream.ipynb"), "no report of a known kind"),
-                          (report_at(tmp_path / "odd", command="rm -r /"), "is none of fsar's"), (report_at(tmp_path / "bare", command="fsar"), "is none of fsar's")):
+                          (report_at(tmp_path / "odd", command="rm -r /"), "is not one of fsar"), (report_at(tmp_path / "bare", command="fsar"), "is not one of fsar")):
         assert cli.main(["rerun", str(folder)]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1 and str(folder) in said
@@ -182,11 +182,11 @@ def test_a_report_made_again_is_equal_to_the_bit(stopped, made, capsys):
     told = capsys.readouterr()
     result, metrics = json.loads(told.out), read_json(made / "metrics.json")
     assert result["sound"] and result["differences"] == [] and result["newer"] == [] and result["equal"] > 100 and result["text"].startswith("equal to the bit") and result["threads"] == 1 and result["kind"] == "train"
-    assert "going on with the interrupted run" in told.err
+    assert "resuming the interrupted run" in told.err
     again = read_json(out / "metrics.json")
     assert again["hashes"] == metrics["hashes"] and again["results"] == metrics["results"] and again["command"] != metrics["command"]
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in made.rglob("*")} and (out / "report.html").exists()
-    assert read_json(out / "rerun.json")["result"]["sound"] and "Beside published results" not in (out / "report.html").read_text()
+    assert read_json(out / "rerun.json")["result"]["sound"] and "Next to published results" not in (out / "report.html").read_text()
 
 
 def copy_of(made: Path, folder: Path, **changes) -> Path:
@@ -210,7 +210,7 @@ def test_a_changed_seed_and_a_tampered_figure_are_found(made, tmp_path, capsys, 
     paths = {c["path"] for c in read_json(out / "rerun.json")["result"]["differences"]}
     assert {"hashes.weights", "results[0].accuracy", "config.seed", "seeds[0]"} <= paths and not {p for p in paths if p.startswith("data.")}
     assert {"hashes.episodes 5-way 1-shot", "results[0].table_hash"}.isdisjoint(paths)  # test episodes do not follow from the training seed
-    assert "look for a file that was changed by hand" in rerun.compared(report, report, read_json(report / "metrics.json"), metrics)["text"]
+    assert "look for a file that was changed by hand" in rerun.outcome(report, report, read_json(report / "metrics.json"), metrics)["text"]
     only = same_figures(read_json(report / "metrics.json"), metrics)
     assert [c.path for c in only.changes] == ["results[0].accuracy"] and only.largest.size == pytest.approx(0.125)
 
