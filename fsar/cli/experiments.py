@@ -42,7 +42,7 @@ class Compare(Command):
     def run(self) -> dict[str, Any]:
         from fsar.experiments.comparison import compare_methods
         own = {name: getattr(self, name) for name in ("seeds", "reference", "overwrite")}
-        return compare_methods(self.config(out=self.out), self.runs, **own, **self.computing.given())
+        return compare_methods(self.config(out=self.out), self.runs, **own, **self.computing.how())
 
     def words(self, result: dict[str, Any]) -> str: return comparison_words(result, self.out)
 
@@ -73,7 +73,7 @@ class Study(Command):
         groups = (self.data, self.episodes, self.model, self.training, self.testing)
         given = {k: v for g in groups for k, v in vars(g).items() if v is not None} | ({"out": self.out} if self.out else {})
         own = {"levels": self.levels} if self.levels else {}
-        return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.computing.given(), **given)
+        return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.computing.how(), **given)
 
     def words(self, result: dict[str, Any]) -> str: return comparison_words(result, result["config"]["out"])
 

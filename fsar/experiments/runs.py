@@ -20,11 +20,11 @@ from ..core.files import read_json, resource, sha256_file, write_json, writing
 from ..core.machine import launched
 from ..data.datasets import Data, collect_warnings, prepare_data
 from ..engine.checkpoints import load_model, trained_on
-from ..engine.devices import choose_device, choose_precision
+from ..engine.devices import choose_device
 from ..engine.processes import agree, main_first, processes, world
 from ..engine.results import Result
 from .protocol import (RunResult, Tested, check_leaks, check_names, evaluate_model, leaks_in,
-                                       result_numbers, reversed_numbers, selected_on, train_model)
+                                       precision_of, result_numbers, reversed_numbers, selected_on, train_model)
 from ..reports.figures import headline
 from ..reports.notebooks import (REPORTS, Report, check_kind, check_template, clear, make_report, produce, setting,
                                     to_html)
@@ -36,6 +36,7 @@ def videos_by_split(data: Data) -> dict[str, int]:
     splits = data.store.index["split"]
     return {split: int((splits == split).sum()) for split in ("train", "val", "test") if (splits == split).any()}
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #d909a8ba
 def data_numbers(data: Data, leaks: Sequence[str] = ()) -> dict[str, Any]:
     "Return a data set for metrics.json: classes and videos of each split, and what a reader must know."
     videos = videos_by_split(data)
@@ -63,6 +64,7 @@ def provenance(config: Config, data: Data, tested: Tested, weights: Path,
     origin = origin_of(command, seeds=[config.seed], device=device, seconds=seconds, hashes=hashes)
     return {"config": config.to_dict(), **origin}
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #8e3c3e6f
 def training_numbers(config: Config, result: RunResult) -> dict[str, Any]:
     "Return the training of a run for metrics.json."
     training = result.training
@@ -79,6 +81,7 @@ def training_numbers(config: Config, result: RunResult) -> dict[str, Any]:
         "seconds": round(training.seconds, 1),
     }
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #2ff44430
 def run_metrics(config: Config, data: Data, result: RunResult, *, seconds: float) -> dict[str, Any]:  # of this process
     "Return everything that metrics.json holds."
     training, tested = result.training, result.tested
@@ -126,6 +129,7 @@ def check_remake(out: Path, config: Config) -> None:
     if changed:
         raise FsarError(f"{out} holds a report of another configuration ({list_some(changed)} differ): {REMEDY}")
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #5fabdfbf
 def _other_run(out: Path, state: Mapping[str, Any], config: Config) -> str:
     "Return the message for a folder that holds the run of another configuration, with what differs."
     before, now = {**Config().to_dict(), **state["config"]}, config.to_dict()
@@ -161,6 +165,7 @@ def _train_together(out: Path, config: Config, template: str, overwrite: bool, p
             train_model(config, data, out / "checkpoints", progress=progress)
     return main
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #28b2ba0e
 def _open_together(out: Path, config: Config, template: str, overwrite: bool, progress: bool) -> bool:
     "Return `is_finished` in every process; process 0 also makes the folder ready."
     main = world()[0] == 0
@@ -236,7 +241,7 @@ def _classes_seen(weights: Path, known: Mapping[str, Any]) -> list[dict[str, Any
                   "whether those of this test are new to it is not known", stacklevel=3)
     return []
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #e40313ad
+# %% ../../nbs/70_experiments/01_runs.ipynb #4f099125
 OF_THE_DATA = ("videos", "train_size", "splits", "train_classes", "val_classes", "test_classes", "source", "store")
 
 def _changes_of_data(known: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,6 +249,7 @@ def _changes_of_data(known: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     if changes.get("dataset", known.get("dataset")) == known.get("dataset"): return dict(changes)
     return {name: getattr(Config(), name) for name in OF_THE_DATA} | dict(changes)
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #1046c04b
 def _config_of_test(weights: Path, known: Mapping[str, Any], changes: Mapping[str, Any],
                     model: Mapping[str, Any]) -> Config:
     "Return the configuration of a test of saved weights."
@@ -252,13 +258,14 @@ def _config_of_test(weights: Path, known: Mapping[str, Any], changes: Mapping[st
     own = {"method": model["method"], "frames": model["frames"]}
     return Config.from_dict({**known, **_changes_of_data(known, changes), **own})
 
-# %% ../../nbs/70_experiments/01_runs.ipynb #8e52e198
+# %% ../../nbs/70_experiments/01_runs.ipynb #cd1f73b0
 def _selection(weights: Path, known: Mapping[str, Any]) -> str | None:
     "Return the split on which saved weights were selected; None for the last ones, empty if unknown."
     if not known: return ""
     if weights.name == "last": return None
     return selected_on(Config.from_dict(known))
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #52219fae
 def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
                         changes: Mapping[str, Any]  # fields of Config that differ from training
                         ) -> dict[str, Any]:  # nothing in the other processes of a launcher, which share the work
@@ -273,9 +280,8 @@ def evaluate_checkpoint(place: str | Path,  # a run's folder or a checkpoint's
         main, device = rank == 0, choose_device(config.device)
         data = main_first(lambda: prepare_data(config, progress=main))
         with collect_warnings() as notes: leaks = check_leaks(_classes_seen(weights, known), config, data)
-        precision = choose_precision(config.precision, device, model)
         where = device.type if count > 1 else device  # each process has a GPU of its own
-        tested = evaluate_model(model, config, data, device=where, precision=precision)
+        tested = evaluate_model(model, config, data, device=where, precision=precision_of(config, model))
     if not main: return {}
     data = dataclasses.replace(data, notes=data.notes + tuple(notes))
     return {
@@ -297,6 +303,7 @@ def load_run(folder: Path) -> dict[str, Any]:  # metrics.json, with its results 
     files = sorted((folder / "results").glob("*.json"))
     return metrics | {"tested": [Result.from_dict(read_json(file)) for file in files]}
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #701480db
 def load_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:  # folder's name → see load_run
     "Return finished runs that answered the same test episodes. Raises FsarError with the name of one that did not."
     runs: dict[str, dict[str, Any]] = {}
@@ -324,6 +331,7 @@ class SideBySide(Report):
         if len(self.runs) < 2: raise FsarError("a comparison needs at least two finished runs")
         load_runs(self.runs)
 
+# %% ../../nbs/70_experiments/01_runs.ipynb #19cbfa00
 def compare_runs(folders: Sequence[str | Path],  # finished runs; differences are to the first
                  out: str | Path, *, progress: bool = True) -> dict[str, Any]:
     "Write a report that compares finished runs to `out`; return what its metrics.json holds."
