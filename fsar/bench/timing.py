@@ -37,7 +37,7 @@ def seconds(call: Call, *, least: float = 0.0,  # seconds: repeat the call until
     return passed / done
 
 # %% ../../nbs/90_bench/00_timing.ipynb #8441ebef
-def in_turns(calls: Mapping[str, Call], *, rounds: int = 5, least: float = 0.05,  # seconds that each measurement lasts at least
+def in_turns(calls: Mapping[Any, Call], *, rounds: int = 5, least: float = 0.05,  # seconds that each measurement lasts at least
              device: torch.device | str = "cpu") -> pd.DataFrame:  # (rounds, calls) seconds of one call
     "Measure several calls in turns; return their seconds, one row per round."
     if rounds < 1: raise FsarError(f"rounds must be at least 1, got {rounds}")
@@ -77,7 +77,8 @@ def profiling(device: torch.device | str = "cpu", **kwargs: Any) -> torch.profil
 # %% ../../nbs/90_bench/00_timing.ipynb #8214fbbf
 def peak_memory(call: Call, device: torch.device | str = "cpu"  # where the call's tensors are
                 ) -> int:  # bytes
-    "Return the most memory that torch uses during the call, above what it used before. Workspace that libraries allocate themselves is not counted."
+    "Return the most memory that torch uses during the call, above what it used before. Workspace that libraries "
+    "allocate themselves is not counted."
     device = torch.device(device)
     if device.type == "cuda": return _cuda_peak(call, device)
     with profiling(profile_memory=True) as profiler: call()

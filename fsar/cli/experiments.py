@@ -6,7 +6,7 @@
 __all__ = ['comparison_words', 'Compare', 'Study', 'Sweep', 'Claims', 'Groups', 'Sizes', 'Bench']
 
 # %% ../../nbs/99_cli/03_experiments.ipynb #f4ec4021
-import contextlib, sys, tyro
+import tyro
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +42,7 @@ class Compare(Command):
     def run(self) -> dict[str, Any]:
         from fsar.experiments.comparison import compare_methods
         own = {name: getattr(self, name) for name in ("seeds", "reference", "overwrite")}
-        return compare_methods(self.config(out=self.out), self.runs, **own, **self.computing.given())
+        return compare_methods(self.config(out=self.out), self.runs, **own, **self.computing.how())
 
     def words(self, result: dict[str, Any]) -> str: return comparison_words(result, self.out)
 
@@ -73,7 +73,7 @@ class Study(Command):
         groups = (self.data, self.episodes, self.model, self.training, self.testing)
         given = {k: v for g in groups for k, v in vars(g).items() if v is not None} | ({"out": self.out} if self.out else {})
         own = {"levels": self.levels} if self.levels else {}
-        return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.computing.given(), **given)
+        return study(self.name, runs=self.runs, seeds=self.seeds, reference=self.reference, own=own, overwrite=self.overwrite, how=self.computing.how(), **given)
 
     def words(self, result: dict[str, Any]) -> str: return comparison_words(result, result["config"]["out"])
 
@@ -151,9 +151,9 @@ class Sizes(Command):
 
     def run(self) -> dict[str, Any]:
         from fsar.bench.sizes import size_report
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return size_report(self.out, backbone=self.backbone, size=self.size, frames=self.frames)
+        return size_report(self.out, backbone=self.backbone, size=self.size, frames=self.frames)
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # size_report has said it
+    def words(self, result: dict[str, Any]) -> str: return f"{result['headline']}\nreport: {Path(self.out) / 'report.html'}"
 
 # %% ../../nbs/99_cli/03_experiments.ipynb #3c4fe7fd
 @dataclass(kw_only=True)
@@ -170,6 +170,8 @@ class Bench(Command):
 
     def run(self) -> dict[str, Any]:
         from fsar.bench.benchmark import bench
-        with contextlib.redirect_stdout(sys.stderr if self.json else sys.stdout): return bench(**{k: v for k, v in vars(self).items() if k != "json"})
+        return bench(**{k: v for k, v in vars(self).items() if k != "json"})
 
-    def words(self, result: dict[str, Any]) -> str: return ""  # bench has said it
+    def words(self, result: dict[str, Any]) -> str:
+        from fsar.bench.benchmark import bench_words
+        return bench_words(result, self.out)

@@ -44,18 +44,29 @@ def _annotations(function: Function) -> list[ast.expr]:
     "Return the annotations of a function in the order of the text."
     a = function.args
     parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
-    found = [p.annotation for p in parameters] + [function.returns]
+    found = [p.annotation for p in parameters if p.arg not in ("self", "cls")] + [function.returns]
     return sorted((n for n in found if n is not None), key=lambda n: (n.lineno, n.col_offset))
 
 def _names(node: ast.expr) -> set[str]:
     "Return the names that an expression uses."
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
+def _cut(line: str, start: int, end: int | None) -> tuple[str, str, str]:
+    "Return a line in three parts. The positions count bytes, as those of a syntax tree do."
+    text = line.encode()
+    return text[:start].decode(), text[start:end].decode(), text[end:].decode()
+
 def _quote(lines: list[str], node: ast.expr) -> None:
     "Put quotes around an annotation that is written on one line."
-    line = lines[node.lineno - 1].encode()                         # columns count bytes
-    start, end = node.col_offset, node.end_col_offset
-    lines[node.lineno - 1] = b"".join([line[:start], b'"', line[start:end], b'"', line[end:]]).decode()
+    before, annotation, after = _cut(lines[node.lineno - 1], node.col_offset, node.end_col_offset)
+    lines[node.lineno - 1] = f'{before}"{annotation}"{after}'
+
+def _drop_first(lines: list[str], function: Function) -> None:
+    "Drop the annotation of `self` or `cls`."
+    first = function.args.args[0] if function.args.args else None
+    if first is None or first.arg not in ("self", "cls"): return
+    before, _, after = _cut(lines[first.lineno - 1], first.col_offset, first.end_col_offset)
+    lines[first.lineno - 1] = before + first.arg + after
 
 # %% ../../nbs/00_core/04_classes.ipynb #dff26545
 def _as_method(source: str, function: Function, owner: str) -> str:
@@ -63,8 +74,7 @@ def _as_method(source: str, function: Function, owner: str) -> str:
     lines = source.split("\n")
     for annotation in reversed(_annotations(function)):
         if owner in _names(annotation): _quote(lines, annotation)
-    i = function.lineno - 1
-    lines[i] = re.sub(r'\((self|cls): [\w."]+', r"(\1", lines[i], count=1)
+    _drop_first(lines, function)                                   # the leftmost, so the positions above still held
     inside = _inside_strings(function)
     method = []
     for number in range(_first_line(function), _last_line(function) + 1):

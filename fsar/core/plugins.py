@@ -93,7 +93,8 @@ class OpenRegistry(Registry[T]):
             self._tried.add((plugin.name, plugin.value))
             taken = plugin.name in self._entries and not self._comes_from(plugin)
             if taken or count[plugin.name] > 1:
-                warnings.warn(f"the package {_package(plugin)} offers a {self.kind} {plugin.name!r}, but this name is taken: ignored", stacklevel=3)
+                offer = f"the package {_package(plugin)} offers a {self.kind} {plugin.name!r}"
+                warnings.warn(f"{offer}, but this name is taken: ignored", stacklevel=3)
                 continue
             try: self._load(plugin)
             except FsarError as e: warnings.warn(str(e), stacklevel=3)

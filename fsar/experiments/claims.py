@@ -60,6 +60,7 @@ def evaluate_on(model: FewShotModel, config: Config, data: Data, *, shots: int =
     embedding = embed_videos(model, clips, progress=False)
     return evaluate(model, embedding, table, row_to_position=clips.row_to_position)
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #401afc44
 Models = Mapping[str, Mapping[int, FewShotModel]]  # label → training seed → model
 
 def over_misalignment(models: Models, config: Config, levels: Sequence[float] = (0.0, 0.5, 1.0), *,
@@ -92,10 +93,12 @@ def frame_change(clips: Tensor  # (V, M, 3, H, W) uint8
                  ) -> Tensor:  # (V, M, 1, H, W) in 0–1
     "Return the mean absolute difference of every frame to its neighbours in time."
     x = clips.float() / 255
-    step = (x[:, 1:] - x[:, :-1]).abs().mean(2, keepdim=True)   # (V, M − 1, 1, H, W)
-    before, after = torch.cat([step[:, :1], step], 1), torch.cat([step, step[:, -1:]], 1)
+    step = x.diff(dim=1).abs().mean(2, keepdim=True)   # (V, M − 1, 1, H, W)
+    before = torch.cat([step[:, :1], step], 1)         # the first frame has no frame before it
+    after = torch.cat([step, step[:, -1:]], 1)
     return (before + after) / 2
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #96cde246
 def enlargement(model: FewShotModel,  # with a sampler
                 support: Tensor, labels: Tensor, query: Tensor,  # (S, M, 3, H, W), (S,), (Q, M, 3, H, W): one episode
                 ) -> Tensor:  # (Q,)
@@ -147,6 +150,7 @@ def with_branches(model: FewShotModel, branches: Sequence[str]) -> FewShotModel:
     view.branches = list(branches)  # type: ignore[assignment]  # modules have no types for their attributes
     return view
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #cef865cf
 def by_branch(model: FewShotModel,  # with `branches`, as MoLo has
               config: Config, data: Data, pairs: Sequence[tuple[str, str]], *, episodes: int = 600
               ) -> dict[str, Result]:
@@ -163,6 +167,7 @@ ROWS = ("protonet", "trx", "trx-single", "strm", "molo", "ta2n", "ta2n-ordered",
 def weights_folder(folder: str | Path, label: str, seed: int) -> Path:
     return Path(folder) / "checkpoints" / f"{label}-{seed}" / "last"
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #6e840b23
 def load_models(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShotModel]]]:  # by label and seed
     "Return the configuration and the models of a finished comparison. An FsarError names a missing row or checkpoint."
     metrics = read_json(Path(folder) / "metrics.json")
@@ -175,9 +180,11 @@ def load_models(folder: str | Path) -> tuple[Config, dict[str, dict[int, FewShot
               for label in ROWS}
     return Config.from_dict(metrics["config"]), models
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #b464ee3a
-def _numbers(by_seed: Mapping[int, Result]) -> list[dict[str, Any]]: return list(map(result_numbers, by_seed.values()))
+# %% ../../nbs/70_experiments/06_claims.ipynb #467562ed
+def _numbers(by_seed: Mapping[int, Result]) -> list[dict[str, Any]]:
+    return [result_numbers(result) for result in by_seed.values()]
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #dd872b22
 GAINS = {  # claim → row with the part, row without it
     "TA2N's alignment": ("ta2n", "ta2n-plain"),
     "TA2N without its rearrangement": ("ta2n-ordered", "ta2n-plain"),
@@ -191,13 +198,15 @@ def misalignment_metrics(models: Models, config: Config, levels: Sequence[float]
     labels = dict.fromkeys(label for pair in GAINS.values() for label in pair)
     needed = {label: models[label] for label in labels}
     dial = over_misalignment(needed, config, levels, episodes=episodes, preset=config.dataset, progress=progress)
-    gains = {claim: {f"{level:g}": gain(dial[part][level], dial[base][level], (part, base)) for level in levels}
-             for claim, (part, base) in GAINS.items()}
+    gains: dict[str, dict[str, Any]] = {claim: {} for claim in GAINS}
+    for claim, (part, base) in GAINS.items():
+        for level in levels:
+            gains[claim][f"{level:g}"] = gain(dial[part][level], dial[base][level], (part, base))
     results = {label: {f"{level:g}": _numbers(by_seed) for level, by_seed in by_level.items()}
                for label, by_level in dial.items()}
     return {"gains": gains, "dial": results}
 
-# %% ../../nbs/70_experiments/06_claims.ipynb #294c18f9
+# %% ../../nbs/70_experiments/06_claims.ipynb #fcd4ecd5
 def enlargement_metrics(models: Models, config: Config, still: Data, *, episodes: int) -> dict[str, Any]:
     "Return the mean enlargement by every sampler, and the share of queries in which movers are enlarged."
     found: dict[str, list[dict[str, float]]] = {}
@@ -206,6 +215,7 @@ def enlargement_metrics(models: Models, config: Config, still: Data, *, episodes
         found[label] = [{"mean": float(x.mean()), "above_one": float((x > 1).mean())} for x in ratios]
     return {"enlargement": found}
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #b74ca422
 ORDER = {"protonet": "mean pooling", "trx-single": "TRX, single frames", "trx": "TRX, pairs and triples",
          "strm": "STRM, pairs"}  # row → what it compares
 ORDER_GAINS = {"trx": ("trx", "protonet"), "tuples": ("trx", "trx-single"), "strm": ("strm", "protonet")}
@@ -242,6 +252,7 @@ class Claims(Report):
         if self.episodes < 2: raise FsarError(f"episodes={self.episodes}: at least 2")
         load_models(self.methods)
 
+# %% ../../nbs/70_experiments/06_claims.ipynb #306614aa
 def claims_report(methods: str | Path, out: str | Path, *, levels: Sequence[float] = (0.0, 0.5, 1.0),
                   episodes: int = 200, progress: bool = True) -> dict[str, Any]:
     "Measure all claims and write the report to `out`; return what its metrics.json holds."

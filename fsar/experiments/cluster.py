@@ -105,12 +105,14 @@ SETTINGS = {
 @functools.cache
 def _password() -> str: return secrets.token_hex(32)
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #0b640b26
 def _settings() -> dict[str, str]:
     "Return Ray's environment variables for its start."
     has_variable = any(name.startswith("RAY_AUTH") for name in os.environ)
     has_password = has_variable or (Path.home() / ".ray" / "auth_token").exists()
     return SETTINGS if has_password else SETTINGS | {"RAY_AUTH_TOKEN": _password()}
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #481aa89b
 @contextlib.contextmanager
 def _variables(values: Mapping[str, str]) -> Iterator[None]:
     "Set Ray's environment variables inside the block, and restore them afterwards, whatever Ray itself has set."
@@ -134,6 +136,7 @@ def _end_processes(folder: str) -> None:
         with contextlib.suppress(psutil.Error):  # it has ended by itself
             if folder in " ".join(process.cmdline()): process.kill()
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #adece5e0
 def _start(ray: Any, threads: int, folder: str, tries: int = 3) -> None:
     """Start Ray on this machine.
 
@@ -147,6 +150,7 @@ def _start(ray: Any, threads: int, folder: str, tries: int = 3) -> None:
             if left: continue
             raise FsarError(f"Ray did not start on this machine in {tries} tries: {_reason(e).splitlines()[0]}") from e
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #4f46c540
 def _join(ray: Any, threads: int, address: str) -> None:
     "Join the cluster at `address`."
     try: _connect(ray, threads, {"address": address})
@@ -197,6 +201,7 @@ def _amount(cpus: float, gpus: float) -> str:
     "Return `2 CPUs and 1 GPU`."
     return f"{cpus:g} CPU{'' if cpus == 1 else 's'} and {gpus:g} GPU{'' if gpus == 1 else 's'}"
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #0506dcae
 def _lacking(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> str:
     "Return why no node can run an item."
     offers = [node["Resources"] for node in nodes if node["Alive"]]
@@ -226,6 +231,7 @@ def _answer(ray: Any, node: Mapping[str, Any], ref: Any, seconds: float) -> str:
     except ray.exceptions.RayError as e:
         return "" if _has_left(ray, node) else f"cannot run fsar: {_last_line(e)}"
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #8b731ba3
 def check_nodes(ray: Any, folder: Path, cpus: float, gpus: float, seconds: float = 60) -> None:
     "Raise FsarError unless some node can run an item, and each that can sees `folder` and has this fsar."
     nodes = _fitting(ray.nodes(), cpus, gpus)
@@ -272,6 +278,7 @@ def _ending(ray: Any, ref: Any) -> tuple[str, bool]:  # reason, and whether some
         kind = type(e).__name__
         return DEATHS.get(kind, f"{kind}: {_last_line(e)}"), True
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #d17d611f
 def _pack(value: Any, what: str) -> bytes:
     "Return `value` pickled, functions of a notebook included."
     try: return import_ray().cloudpickle.dumps(value)
@@ -310,6 +317,7 @@ def _check_request(cpus: float, gpus: float, threads: int, attempts: int) -> Non
                         "processor such as 0.5; at least some CPU")
     if min(threads, attempts) < 1: raise FsarError(f"threads ({threads}) and attempts ({attempts}) must be at least 1")
 
+# %% ../../nbs/70_experiments/02_cluster.ipynb #36023976
 def on_ray(work: Callable[[Any], None], items: Sequence[Any], *,
            address: str = "",  # of a running cluster: host:port, ray://host:port or "auto"; empty: one for this sweep
            folder: Path,  # the results' folder, which every node must see

@@ -42,6 +42,7 @@ def collect(out: Path, jobs: Sequence[Job]) -> dict[str, Runs]:  # by label
         raise FsarError(f"none of the {len(jobs)} runs finished; {jobs[0].name}: {reason}")
     return found
 
+# %% ../../nbs/70_experiments/05_comparison.ipynb #2c51959c
 def by_test(runs: Mapping[int, tuple[Any, Mapping[str, Result]]]) -> dict[str, dict[int, Result]]:
     "Return a row's results by test and seed."
     if not runs: return {}
@@ -66,6 +67,7 @@ def row_metrics(row: Row, out: Path, jobs: Sequence[Job],  # of this row
         "reversed_pairs": _reversed_pairs(records, tests),
     }
 
+# %% ../../nbs/70_experiments/05_comparison.ipynb #543f9ad7
 def _reversed_pairs(records: Sequence[Mapping[str, Any]], tests: Mapping[str, Mapping[int, Result]]
                     ) -> dict[str, Any] | None:
     "Return a row's numbers on time-reversed pairs: over all of them, and of each pair the mean over seeds."
@@ -121,6 +123,7 @@ def _training_origin(record: Mapping[str, Any]) -> dict[str, Any]:
     if ".." in checkpoint.parts: origin["taken_from"] = checkpoint.parents[2].as_posix()
     return origin
 
+# %% ../../nbs/70_experiments/05_comparison.ipynb #93bc638c
 def origins(data: Data, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "Return where the numbers come from: hashes, versions, device and every run with its own."
     hashes = {"videos and split": data.manifest_hash, "prepared frames": data.store.hash}
@@ -167,6 +170,7 @@ def parameters(base: Config, **extra: Any) -> dict[str, Any]:
     "Return what the template is executed with."
     return {name: value for name, value in base.to_dict().items() if name in BASE} | HOW | extra
 
+# %% ../../nbs/70_experiments/05_comparison.ipynb #eaac8bf9
 def is_finished(out: Path, base: Config, jobs: Sequence[Job], asked: Mapping[str, Any],  # as run.json has it
                 template: str = "compare") -> bool:
     """Return True if `out` holds this very comparison, finished and without failed runs. Touches nothing.
@@ -214,6 +218,7 @@ def compare_methods(base: Config,  # its method, sampler, options and seed are i
         notebooks.produce(source, out, given, state, progress)
     return read_json(out / "metrics.json")
 
+# %% ../../nbs/70_experiments/05_comparison.ipynb #ff8c2bad
 def workers_of(how: Mapping[str, Any]) -> Workers:
     "Return where the runs of a comparison are computed."
     return Workers(**{name: how.get(name, usual) for name, usual in HOW.items() if name != "reuse"})

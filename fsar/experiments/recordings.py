@@ -53,6 +53,7 @@ def clear_probability(sizes: Sequence[int],  # videos of each recording of a cla
     free = np.array([comb(total - held, queries) for held in range(total + 1)], float)
     return float(ways[shots] @ free / (comb(total, shots) * comb(total - shots, queries)))
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #ef2a847f
 def _with_recording(ways: np.ndarray, size: int) -> np.ndarray:
     "Return the table of ways after one more recording, of which no video or some are supports."
     shots, after = len(ways) - 1, ways.copy()
@@ -70,6 +71,7 @@ def none_in_any(probabilities: Iterable[float],  # for each class
     for p in probabilities: sums[1:] += p * sums[:-1]
     return float(sums[ways] / comb(len(probabilities), ways))
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #d34e7033
 def shares(sizes: Sequence[Sequence[int]],  # for each class the videos of each recording
            *, ways: int = 5, shots: int = 1, queries: int = 5) -> dict[str, float]:
     """Return the exact share of blind `queries` with a support from their own recording.
@@ -91,6 +93,7 @@ def recording_sizes(split: Split) -> list[list[int]]:
     sources = pd.Series(split.sources)
     return [sources[split.labels == label].value_counts().tolist() for label in range(len(split.classes))]
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #e2c2b06a
 def benchmark_shares(*, ways: int = 5, shots: Sequence[int] = (1, 5), queries: int = 5) -> pd.DataFrame:
     "Return a row for each benchmark that names recordings, each side and number of shots."
     rows = []
@@ -124,6 +127,7 @@ def recordings_config(recordings: int = 20, takes: int = 4) -> MotionsConfig:
                                videos_per_class=recordings * takes,
                                classes=split_classes("train") + split_classes("test"))
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #6a2864dd
 RECIPE = Config(dataset="motions-takes", short_side=56, size=48, queries=2, lr=2e-3, validate_every=0, protocol="last",
                 precision="fp32")
 
@@ -153,6 +157,7 @@ def _example_rows(data: Data, split: str) -> np.ndarray:
         return rows[[same[0], same[1], other[0]]]
     raise FsarError(f"no {split} class of {data.name} has two videos of one recording and one of another")
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #ec42653c
 def recordings_figure(data: Data, split: str, frames: int = 8) -> Figure:
     "Draw a video, another of the same recording, and one of another recording as film strips."
     figure, axes = plt.subplots(3, 1, figsize=(10, 4.6), layout="constrained")
@@ -181,6 +186,7 @@ def _interval(value: float, parts: np.ndarray) -> dict[str, float]:
     variance = (parts ** 2).sum() * len(parts) / (len(parts) - 1)
     return {"mean": value, "ci95": float(1.96 * np.sqrt(variance))}
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #91bc24df
 def by_recording(correct: np.ndarray, same: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the accuracy of queries with their recording among the supports (`own`), and of the others (`other`).
 
@@ -199,6 +205,7 @@ def correct_queries(model: FewShotModel, config: Config, data: Data, tables: Seq
         return predict_episodes(model, embedding, table, row_to_position=clips.row_to_position)
     return [predict(table) == table.query_labels for table in tables]
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #11c0ff49
 def pair_of_tables(config: Config, data: Data, shots: int, episodes: int) -> tuple[EpisodeTable, EpisodeTable]:
     "Return the same episodes twice: blind to recordings, and with recordings apart."
     apart = config.replace(groups=True)
@@ -212,6 +219,7 @@ def _summary(correct: np.ndarray  # (seeds, E, Q)
     mean, ci95 = mean_ci95(correct.mean((0, 2)))
     return {"mean": mean, "ci95": ci95, "per_seed": correct.mean((1, 2)).tolist()}
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #8c042165
 def _effect(blind: EpisodeTable, apart: EpisodeTable, right_blind: np.ndarray, right_apart: np.ndarray,  # (seeds, E, Q)
             same: np.ndarray) -> dict[str, Any]:
     "Return the numbers of one pair of tables."
@@ -232,6 +240,7 @@ def _effect(blind: EpisodeTable, apart: EpisodeTable, right_blind: np.ndarray, r
         "hashes": {"blind": blind.hash, "apart": apart.hash},
     }
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #6e9e2c91
 def measure(models: Mapping[int, FewShotModel],  # by seed
             config: Config, data: Data, *, episodes: int = 2000
             ) -> list[dict[str, Any]]:  # one for each of config.test_shots
@@ -266,7 +275,7 @@ def load_checkpoint_run(place: str | Path) -> tuple[Config, Data, dict[str, dict
                         "or one that was given a --source rule")
     return config, data, {config.method: {config.seed: model}}
 
-# %% ../../nbs/70_experiments/07_recordings.ipynb #8113bbf9
+# %% ../../nbs/70_experiments/07_recordings.ipynb #87846594
 def pool_sizes(data: Data, split: str) -> list[list[int]]:
     "Return for each class of a store how many videos each of its recordings has."
     return [pd.Series(sources).value_counts().tolist() for sources in class_pool(data.store, split).sources]
@@ -276,12 +285,14 @@ def share_curve(sizes: Sequence[Sequence[int]], most: int = 10) -> dict[int, flo
     smallest = min(map(sum, sizes))
     return {shots: shares(sizes, shots=shots)["queries"] for shots in range(1, most + 1) if smallest > shots + 5}
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #c17d9dcd
 def pool_numbers(data: Data, split: str) -> dict[str, Any]:
     "Return the videos and recordings that the test draws from."
     sizes = pool_sizes(data, split)
     return {"name": data.name, "split": split, "classes": len(sizes), "videos": int(sum(map(sum, sizes))),
             "listed": data.store.listed(split), "recordings": int(sum(map(len, sizes))), "hash": data.store.hash}
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #af146fb8
 def recordings_headline(counted: pd.DataFrame,  # of benchmark_shares
                         effects: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     "Return the share on UCF101 with most shots, and what it does to each model."
@@ -317,6 +328,7 @@ class Recordings(Report):
         if not self.seeds: raise FsarError("name at least one seed")
         parse_rows(self.methods)
 
+# %% ../../nbs/70_experiments/07_recordings.ipynb #5d61fdd0
 def recordings_report(out: str | Path, *, progress: bool = True, **settings: Any  # fields of Recordings
                       ) -> dict[str, Any]:
     "Measure and write the report to `out`; return what its metrics.json holds."

@@ -40,12 +40,14 @@ def _split_off(words: Sequence[str], prefix: str) -> tuple[tuple[str, ...], tupl
     others = tuple(word for word in words if not word.startswith(prefix))
     return found, others
 
+# %% ../../nbs/70_experiments/04_rows.ipynb #1b992636
 def _split_label(text: str) -> tuple[str, str]:
     "Return a row's own label (empty if it has none) and the rest of its text."
     if not re.match(r"[^=]*:", text): return "", text
     label, _, rest = text.rpartition(":")
     return label.strip(), rest
 
+# %% ../../nbs/70_experiments/04_rows.ipynb #ce98ef73
 def parse_row(text: str  # '[label:] method [sampler=NAME] [key=value …] [config.key=value …]'
               ) -> Row:
     "Return the row that `text` describes. Whether its names exist is for `check_rows`."
@@ -110,6 +112,7 @@ def check_rows(rows: Sequence[Row]) -> None:
         parse_options(row.method, row.options, row.sampler)
         Config().replace(**changes_of(row))
 
+# %% ../../nbs/70_experiments/04_rows.ipynb #230767ca
 def parse_rows(texts: Sequence[str]) -> list[Row]:
     "Return the rows that the texts describe. Raises FsarError as `check_rows` does."
     rows = [parse_row(text) for text in texts]
@@ -125,6 +128,7 @@ def job_of(base: Config, row: Row, seed: int) -> Job:
     own = {"method": row.method, "sampler": row.sampler, "options": row.options, "seed": seed}
     return Job(row.label, base.replace(**own, **changes_of(row)))
 
+# %% ../../nbs/70_experiments/04_rows.ipynb #16c5c07e
 def jobs_of(base: Config, rows: Sequence[Row], seeds: Sequence[int]) -> list[Job]:
     "Return every row with every seed. Raises FsarError for a seed that is given twice."
     if not seeds: raise FsarError("name at least one seed")

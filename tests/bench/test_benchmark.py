@@ -12,9 +12,9 @@ import papermill
 import pytest
 import torch
 
-from fsar.bench import benchmark as bench_benchmark, measures as benchmark, references, report, timing
+from fsar.bench import benchmark as bench_benchmark, items, measures as benchmark, references, report, timing
 from fsar.cli import main as cli
-from fsar.bench.items import ITEMS, Goal, Settings
+from fsar.bench.items import ITEMS, Equality, Goal, Settings
 from fsar.core.basics import FsarError
 from fsar.core.files import read_json, resource, write_json
 from fsar.model.matching import bimhm, otam
@@ -40,10 +40,10 @@ def test_otam_cell_by_cell_against_all_paths():
     dist, lam = torch.rand(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(1)), 0.1
     padded, last = torch.nn.functional.pad(dist, (1, 1)), 4
 
-    def paths(l, m):
+    def paths(row, m):
         "Costs of all ways from the first column to a cell."
         if m == 0: return [torch.zeros((), dtype=torch.double)]
-        return [padded[l, m] + cost for i, j in references.predecessors(l, m, last) for cost in paths(i, j)]
+        return [padded[row, m] + cost for i, j in references.predecessors(row, m, last) for cost in paths(i, j)]
 
     found = -lam * torch.logsumexp(-torch.stack(paths(2, last)) / lam, 0)
     assert torch.isclose(references.otam_table(dist[None, None], lam)[0, 0], found, atol=1e-12)
@@ -64,7 +64,7 @@ def test_trx_in_loops_is_the_library(cardinalities, labels):
     model = benchmark.headless(model)
 
     def head(episode):
-        embedding = model.embed(torch.cat([episode[0], episode[2]]))
+        embedding = model.embed(benchmark.as_clips(torch.cat([episode[0], episode[2]])))
         return model.score({k: x[:len(labels)] for k, x in embedding.items()}, labels, {k: x[len(labels):] for k, x in embedding.items()}, 3)
 
     def gradients(form):
@@ -113,7 +113,7 @@ def test_videos_are_counted_not_supposed(quick):
 @pytest.mark.parametrize("name, broken", [("otam", "otam"), ("scoring", "scored"), ("trx", "trx_head"), ("testing", "scored")])
 def test_a_wrong_result_is_never_timed(name, broken, monkeypatch):
     right = getattr(benchmark, broken)
-    monkeypatch.setattr(benchmark, broken, lambda *args: right(*args) * 1.01)
+    monkeypatch.setattr(benchmark, broken, lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     monkeypatch.setattr(benchmark, "in_turns", lambda *args, **kwargs: pytest.fail("the clock runs"))
     with pytest.raises(FsarError, match="the library and its reference differ"): ITEMS[name].measure(QUICK)
 
@@ -136,8 +136,11 @@ def test_originals_that_are_gone_are_named(tiny_store, monkeypatch):
 
 # verdict, table, notes
 
-def rows_of(value=3.0, goal=Goal(10), unit="times as fast", **more):
-    return {"item": "otam", **benchmark.row("T = 8", Settings(), unit, [value * 0.9, value, value * 1.2], ours="a", reference="b", goal=goal, **more)}
+TEN = Goal(10)
+
+
+def rows_of(value=3.0, goal=TEN, unit="times as fast", **more):
+    return {"item": "otam", **items.row("T = 8", Settings(), unit, [value * 0.9, value, value * 1.2], ours="a", reference="b", goal=goal, **more)}
 
 
 @pytest.mark.parametrize("value, goal, said", [(3, Goal(10), "missed"), (10, Goal(10), "met"), (30, Goal(10), "met"), (1.6, Goal(1.5, most=True), "missed"), (1.5, Goal(1.5, most=True), "met"), (3, None, "–")])
@@ -151,13 +154,13 @@ def test_a_goal_is_met_or_missed(value, goal, said):
 
 
 def test_the_table_tells_rates_ratios_and_equality():
-    rows = [rows_of(250, Goal(2000), "episodes/s", ratio=[4, 5, 6], equal="logits", tolerance=1e-4, apart=2e-6), rows_of(12, rates={"ours": 400, "reference": 33.333}, rate_unit="clips/s")]
+    rows = [rows_of(250, Goal(2000), "episodes/s", ratio=[4, 5, 6], equal=Equality("logits", tolerance=1e-4, apart=2e-6)), rows_of(12, rates={"ours": 400, "reference": 33.333}, rate_unit="clips/s")]
     table = report.goal_table({"rows": rows, "settings": {"quick": False}})
-    assert table["goal"].tolist() == ["≥ 2,000 episodes/s", "≥ 10 times as fast"] and table["ours beside the reference"].tolist() == ["5 (4 … 6) times as fast", "400 against 33.3 clips/s"]
+    assert table["goal"].tolist() == ["≥ 2,000 episodes/s", "≥ 10 times as fast"] and table["ours and the reference"].tolist() == ["5 (4 … 6) times as fast", "400 against 33.3 clips/s"]
     assert table["equal within"].tolist() == ["logits, 2e-06 of 1e-04", "–"] and table["measured"][0] == "250 (225 … 300) episodes/s"
     drawn = report.panels(rows)
-    assert [(r["unit"], s["median"], goal) for part in drawn.values() for r, s, goal in part] == [("episodes/s", 5, None), ("times as fast", 12, 10)]
-    assert report.panels(rows, quick=True)["times as fast, fewer or less than the reference"][1][2] is None
+    assert [(m.row["unit"], m.spread["median"], m.goal) for part in drawn.values() for m in part] == [("episodes/s", 5, None), ("times as fast", 12, 10)]
+    assert report.panels(rows, quick=True)[report.FAST][1].goal is None
 
 
 # the report

@@ -242,8 +242,8 @@ def test_the_settings_reach_the_backbone_of_every_method(method, sampler, pretra
 
 
 @pytest.mark.parametrize("changes, words", [(dict(batch_norm="frozen"), "'batch_norm' can be 'frozen' only with 'weights'"), (dict(frames_at_once=8, weights="imagenet"), "'frames_at_once' needs 'batch_norm' 'frozen'"),
-                                            (dict(compile=True, recompute=True), "'compile' cannot go with 'recompute'"), (dict(compile=True, frames_at_once=8, batch_norm="frozen", weights="imagenet"), "'compile' cannot go with 'frames_at_once'"),
-                                            (dict(frames_at_once=-1), "'frames_at_once' must be at least 0"), (dict(batch_norm="eval"), "'batch_norm' wants one of 'train', 'frozen'")])
+                                            (dict(compile=True, recompute=True), "'compile' cannot be used with 'recompute'"), (dict(compile=True, frames_at_once=8, batch_norm="frozen", weights="imagenet"), "'compile' cannot be used with 'frames_at_once'"),
+                                            (dict(frames_at_once=-1), "'frames_at_once' must be at least 0"), (dict(batch_norm="eval"), "'batch_norm' must be one of 'train', 'frozen'")])
 def test_settings_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(FsarError, match=words): Config(**changes)
 

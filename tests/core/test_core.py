@@ -55,13 +55,13 @@ def test_registry_refuses_a_taken_name():
 
 @pytest.mark.parametrize("key, value, message", [
     ("metod", "molo", "unknown configuration key 'metod'. Did you mean 'method'?"),
-    ("episodes", 2.5, "'episodes' wants a whole number, got 2.5"),
-    ("flip", 1, "'flip' wants a truth value, got 1"),
-    ("options", "a=b", "'options' wants a list of texts, got 'a=b'"),
-    ("precision", "fp8", "'precision' wants one of 'auto', 'fp32', 'bf16', got 'fp8'"),
+    ("episodes", 2.5, "'episodes' must be a whole number, got 2.5"),
+    ("flip", 1, "'flip' must be true or false, got 1"),
+    ("options", "a=b", "'options' must be a list of texts, got 'a=b'"),
+    ("precision", "fp8", "'precision' must be one of 'auto', 'fp32', 'bf16', got 'fp8'"),
     ("shots", 0, "'shots' must be at least 1, got 0"),
-    ("test_shots", [], "'test_shots' wants one or more"),
-    ("lr", float("nan"), "'lr' must lie between"),
+    ("test_shots", [], "'test_shots' must be one or more"),
+    ("lr", float("nan"), "'lr' must be between"),
 ])
 def test_configuration_errors_name_the_key(key, value, message):
     with pytest.raises(FsarError) as error: Config.from_dict({key: value})
@@ -118,5 +118,5 @@ def test_memory_is_kept_only_where_glibc_is(library, monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", load)
     assert machine._glibc.__wrapped__() is None
     monkeypatch.setattr(machine, "_glibc", lambda: None)
-    monkeypatch.setattr(machine, "_scarce", [])  # a test before this one may have trained a large model
-    assert machine.keep_freed_memory() is machine.keep_freed_memory(scarce=True) is False and not machine._scarce
+    monkeypatch.setattr(machine, "_asked_to_save", [])  # a test before this one may have trained a large model
+    assert machine.keep_freed_memory() is machine.keep_freed_memory(scarce=True) is False and not machine._asked_to_save

@@ -102,7 +102,7 @@ def test_tests_with_several_ways(base):
     asked = protocol.tables_of(base.replace(test_ways=(2, 5), test_shots=(1, 2)), data)
     assert [(t.info["ways"], t.info["shots"][0]) for t in asked.tables] == [(2, 1), (2, 2), (5, 1), (5, 2)] and set(sweeps.tables_by_name(asked)) >= {"test-2-way-1-shot", "test-5-way-2-shot"}
     assert protocol.tables_of(base.replace(test_ways=(3,)), data).tables[0].hash == protocol.tables_of(base, data).tables[0].hash
-    with pytest.raises(FsarError, match="'test_ways' wants numbers from 1 up"): base.replace(test_ways=(0,))
+    with pytest.raises(FsarError, match="'test_ways' must be numbers from 1 up"): base.replace(test_ways=(0,))
 
 
 # one sweep

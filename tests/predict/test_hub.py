@@ -152,9 +152,9 @@ def change(path, *keys, value=None):
 @pytest.mark.parametrize("keys, value, words", [
     (("model", "method"), "mollo", "unknown method 'mollo'. Did you mean 'molo'?"), (("model", "backbone"), "resnet51", "unknown backbone 'resnet51'. Did you mean"),
     (("model", "options"), {"scales": 3}, "method 'protonet' has no option 'scales'. Did you mean 'scale'?"), (("model", "options"), {"scale": "big"}, "wants a number, got 'big'"),
-    (("model", "sampler"), "vym", "unknown sampler 'vym'"), (("model", "frames"), "four", "configuration key 'frames' wants a whole number, got 'four'"), (("model", "frame"), 8, "unknown key 'model.frame'. Did you mean 'frames'?"), (("model", "method"), None, "lacks the key 'model.method'"),
+    (("model", "sampler"), "vym", "unknown sampler 'vym'"), (("model", "frames"), "four", "configuration key 'frames' must be a whole number, got 'four'"), (("model", "frame"), 8, "unknown key 'model.frame'. Did you mean 'frames'?"), (("model", "method"), None, "lacks the key 'model.method'"),
     (("model",), [], "model is not a mapping"), (("model", "backbone"), "resnet18", "do not fit the model built from its config.json"), (("model", "classes"), 7, "2 tensors differ, first 'classifier.bias'"),
-    (("preprocessing", "size"), 64, "configuration key 'size' (64) is larger"), (("preprocessing", "size"), "32", "configuration key 'size' wants a whole number, got '32'"), (("preprocessing", "crop"), 3, "unknown key 'preprocessing.crop'"),
+    (("preprocessing", "size"), 64, "configuration key 'size' (64) is larger"), (("preprocessing", "size"), "32", "configuration key 'size' must be a whole number, got '32'"), (("preprocessing", "crop"), 3, "unknown key 'preprocessing.crop'"),
     (("library",), "transformers", "is not the configuration of a model of fsar"), (("format",), 99, "newer than this one"), (("modell",), {}, "unknown key 'modell'. Did you mean 'model'?"), (("license",), None, "lacks the key 'license'"),
     (("files", "model.safetensors"), "0" * 64, "is damaged or was altered"), (("files", "model.pkl"), "0", "unknown key 'files.model.pkl'")])
 def test_a_wrong_configuration_is_refused(shared, keys, value, words):
