@@ -78,6 +78,7 @@ class TrainTransform:
         if self.jitter: clip = jitter_colours(clip, u[5:], self.jitter)
         return clip
 
+# %% ../../nbs/10_data/10_augment.ipynb #b87dbff4
 def _check_size(size: int) -> None:
     if size < 1: raise FsarError(f"size is a positive number of pixels, not {size}")
 

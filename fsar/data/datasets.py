@@ -48,6 +48,7 @@ def manifest(config: Config, *, progress: bool = True) -> tuple[pd.DataFrame, Pa
     table = folder_manifest(root, splits=config.splits or None, patterns=patterns or None, source=config.source or None)
     return table, root
 
+# %% ../../nbs/10_data/09_datasets.ipynb #502a3df6
 def _benchmark(config: Config) -> pd.DataFrame:
     "Return the manifest of a public benchmark."
     name = benchmark_name(config.dataset)
@@ -57,6 +58,7 @@ def _benchmark(config: Config) -> pd.DataFrame:
                     f"how to get them: fsar data about {config.dataset} "
                     f"(a folder of your own called {config.dataset} is written ./{config.dataset})")
 
+# %% ../../nbs/10_data/09_datasets.ipynb #a4a5e483
 def rendered_folder(preset: MotionsConfig, progress: bool = True) -> Path:
     "Return the folder of a rendered benchmark in the cache. Render what is missing there."
     root = cache_dir() / "motions" / f"{preset.name}-{sha256_json(preset.to_dict())[:12]}"
@@ -98,6 +100,7 @@ def prepare_data(config: Config, *, progress: bool = True,
         store = _prepare_store(config, table, root, digest, progress, how)
     return Data(_name(config, root), store, pairs() if _is_rendered(root) else (), tuple(notes), digest)
 
+# %% ../../nbs/10_data/09_datasets.ipynb #84c3ea20
 def manifest_hash(table: pd.DataFrame) -> str:
     "Return the SHA-256 of a manifest: videos, classes, splits, sources and the size of each file, but not its folder."
     sizes = [os.path.getsize(path) for path in table["path"]]
@@ -108,6 +111,7 @@ def _name(config: Config, root: Path) -> str:
     if dataset_kind(config) == "folder": return root.resolve().name
     return benchmark_name(config.dataset) or config.dataset
 
+# %% ../../nbs/10_data/09_datasets.ipynb #ff0e1e00
 def _is_rendered(root: Path) -> bool: return (root / "motions.json").exists()
 
 # %% ../../nbs/10_data/09_datasets.ipynb #d57a82d9
@@ -125,7 +129,7 @@ def _prepare_store(config: Config, table: pd.DataFrame, root: Path, digest: str,
     table.attrs["origin"] = {"name": name, "rendered": rendered}
     return prepare(table, path, **{"quality": FINE, **how, **settings}, progress=progress)
 
-# %% ../../nbs/10_data/09_datasets.ipynb #4c6e4d78
+# %% ../../nbs/10_data/09_datasets.ipynb #3dfc2ab5
 def prepare_rendered(preset: MotionsConfig,  # for instance a preset with one value changed
                      *, short_side: int = 72, progress: bool = True) -> Data:
     "Render `preset` into the cache and prepare it. Takes of one recording get this recording as their source."
@@ -156,6 +160,7 @@ def count_text(usable: int, listed: int) -> str:
     "Return for example `2,281 of 2,400`."
     return f"{usable:,} of {listed:,}"
 
+# %% ../../nbs/10_data/09_datasets.ipynb #c1ab9c0f
 def class_table(store: Store) -> pd.DataFrame:  # one row a class: split, class, usable, listed, missing, unreadable
     "Count the videos of each class that can be used, are missing, or cannot be read."
     parts = {"usable": store.index, "missing": store.missing, "unreadable": store.quarantine}
@@ -166,12 +171,13 @@ def class_table(store: Store) -> pd.DataFrame:  # one row a class: split, class,
     table = counts.reset_index().sort_values(["split", "class"], key=_split_order, ignore_index=True)
     return table[["split", "class", "usable", "listed", "missing", "unreadable"]]
 
+# %% ../../nbs/10_data/09_datasets.ipynb #e16fe068
 def _split_order(column: pd.Series) -> pd.Series:
     "Return keys that sort splits as train, val, test, and classes by name."
     if column.name != "split": return column
     return column.map({split: k for k, split in enumerate(SPLITS)})
 
-# %% ../../nbs/10_data/09_datasets.ipynb #62207320
+# %% ../../nbs/10_data/09_datasets.ipynb #1e3d7420
 def split_table(store: Store) -> pd.DataFrame:  # one row a split
     "Count the classes and videos of each split, and show how long the videos are."
     rows = []
@@ -217,6 +223,7 @@ class StoreCheck:
             lines.append(f"edited since: {_first(self.changed)}: fsar data prepare … --update takes them in")
         return "\n".join(lines)
 
+# %% ../../nbs/10_data/09_datasets.ipynb #6b8970cc
 def _first(videos: tuple[str, ...], most: int = 5) -> str:
     "Return the first of some names."
     return ", ".join([*videos[:most], "…"] if len(videos) > most else videos)
@@ -259,6 +266,7 @@ def remarks(store: Store) -> list[str]:
     found = [_untrimmed_clips(store), _empty_classes(store), _still_videos(store)]
     return [text for text in found if text]
 
+# %% ../../nbs/10_data/09_datasets.ipynb #093bf494
 def _untrimmed_clips(store: Store) -> str:
     if not store.settings.get("benchmark", "").startswith("kinetics"): return ""
     seconds = store.index.decoded / store.index.fps.where(store.index.fps > 0)
@@ -267,6 +275,7 @@ def _untrimmed_clips(store: Store) -> str:
     return (f"{len(long):,} videos last over {UNTRIMMED:g} s, e.g. {long.iloc[0]}; "
             "a clip of Kinetics has 10 s: were these cut to their clips?")
 
+# %% ../../nbs/10_data/09_datasets.ipynb #64de57e5
 def _empty_classes(store: Store) -> str:
     classes = class_table(store)
     empty = classes[classes.usable == 0]
@@ -293,6 +302,7 @@ def prepare_and_summarise(config: Config, *, progress: bool = True, **how: Any) 
             "incomplete": _json_rows(incomplete), "unreadable": store.quarantine.to_dict("records"),
             "notes": [*data.notes, *remarks(store)]}
 
+# %% ../../nbs/10_data/09_datasets.ipynb #19ae9105
 def _json_rows(table: pd.DataFrame) -> list[dict]:
     "Return the rows of a table with Python's numbers in place of numpy's."
     return table.map(lambda value: value.item() if hasattr(value, "item") else value).to_dict("records")
@@ -304,6 +314,7 @@ def prepared_text(summary: Mapping[str, Any], most: int = 8) -> str:
     lines = [*_size_lines(summary), "", splits, "", *_gap_lines(summary, most), *_next_lines(summary)]
     return "\n".join(lines)
 
+# %% ../../nbs/10_data/09_datasets.ipynb #796bf89e
 def _size_lines(summary: Mapping[str, Any]) -> list[str]:
     "Return how many videos are prepared, how large they are and how long it took."
     videos = count_text(summary["videos"], summary["listed"])
@@ -312,6 +323,7 @@ def _size_lines(summary: Mapping[str, Any]) -> list[str]:
     return [f"{summary['name']}: {videos} videos prepared in {summary['store']}",
             f"{size}, {each} a video, {minutes} min {seconds} s"]
 
+# %% ../../nbs/10_data/09_datasets.ipynb #239b54e7
 def _next_lines(summary: Mapping[str, Any]) -> list[str]:
     "Return the commands that may come next."
     store, side = summary["store"], summary["short_side"]
@@ -319,7 +331,7 @@ def _next_lines(summary: Mapping[str, Any]) -> list[str]:
     return [f"next: fsar data show {store} --out sheets",
             f"      fsar train --dataset {store} --short-side {side} --size {size} --out reports/{summary['name']}"]
 
-# %% ../../nbs/10_data/09_datasets.ipynb #67c4af07
+# %% ../../nbs/10_data/09_datasets.ipynb #cbe860de
 def _gap_lines(summary: Mapping[str, Any], most: int) -> list[str]:
     "Return what a prepared data set lacks."
     lines, store = [], summary["store"]

@@ -29,6 +29,7 @@ def pack(frames: np.ndarray,  # uint8 (F, H, W, 3)
     header = np.array([len(files), *map(len, files)], "<u4")
     return header.tobytes() + b"".join(files)
 
+# %% ../../nbs/10_data/07_decoding.ipynb #6fbaa662
 def _jpeg_file(frame: np.ndarray, quality: int) -> bytes:
     with io.BytesIO() as file:
         Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0)
@@ -53,7 +54,7 @@ def prepare_video(path: str, short_side: int, max_frames: int | None, quality: i
     if file_stamp(path) != before: return {**record, "reason": "it changed while it was read"}, b""
     return record, block
 
-# %% ../../nbs/10_data/07_decoding.ipynb #58d5f904
+# %% ../../nbs/10_data/07_decoding.ipynb #8f7e7c90
 def _decode(path: str, quality: int, **how: Any  # arguments of `decode_all`
             ) -> tuple[Record, bytes]:
     "Return the record and the block of a video that can be decoded."
@@ -85,6 +86,7 @@ def _memory_limit() -> int | None:
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return None if limit == resource.RLIM_INFINITY else limit
 
+# %% ../../nbs/10_data/07_decoding.ipynb #04128b21
 def _too_large(memory: int | None, max_frames: int | None) -> str:
     "Return the reason for a video that does not fit into memory."
     bound = "this machine has" if memory is None else f"{memory / 2**30:.3g} GB"
@@ -195,7 +197,7 @@ def decode_many(requests: Sequence[tuple[Any, dict[str, Any]]],  # (any name for
             yield name, *answer
     finally: _close(pool, threads, answers)
 
-# %% ../../nbs/10_data/07_decoding.ipynb #50d8d889
+# %% ../../nbs/10_data/07_decoding.ipynb #1e53db57
 def _feed(worker: Worker, tasks: queue.SimpleQueue, answers: queue.Queue) -> None:
     "Give a worker one request after the other. An exception of the worker is put in the place of its answer."
     with contextlib.suppress(queue.Empty):
@@ -205,6 +207,7 @@ def _feed(worker: Worker, tasks: queue.SimpleQueue, answers: queue.Queue) -> Non
             except BaseException as error: answers.put((name, error))
     worker.stop()
 
+# %% ../../nbs/10_data/07_decoding.ipynb #7f6fd5d0
 def _close(pool: list[Worker], threads: list[threading.Thread], answers: queue.Queue) -> None:
     "End all workers and wait for their threads."
     for worker in pool: worker.closed = True

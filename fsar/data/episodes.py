@@ -58,6 +58,7 @@ def class_pool(videos: Store | pd.DataFrame,  # a prepared store, or a table wit
     return ClassPool(split, names=tuple(map(str, names)), rows=tuple(rows[m] for m in members),
                      sources=tuple(sources[m] for m in members), videos=sha256_json(identity))
 
+# %% ../../nbs/10_data/11_episodes.ipynb #ef8412c7
 def _rows_of_split(index: pd.DataFrame, split: str) -> np.ndarray:
     rows = np.flatnonzero(index["split"].to_numpy() == split)
     if len(rows): return rows
@@ -84,10 +85,12 @@ def draw(sources: np.ndarray,  # (n,) source of each video of one class
     if _without_sources(order, sources, support).size < queries: support = _walk(order, sources, shots, queries)
     return support, _without_sources(order, sources, support)[:queries]
 
+# %% ../../nbs/10_data/11_episodes.ipynb #0a759467
 def _without_sources(order: np.ndarray, sources: np.ndarray, support: np.ndarray) -> np.ndarray:
     "Return the videos in `order` that share no source with the support."
     return order[np.isin(sources[order], sources[support], invert=True)]
 
+# %% ../../nbs/10_data/11_episodes.ipynb #1ebea90c
 def _walk(order: np.ndarray, sources: np.ndarray, shots: int, queries: int) -> np.ndarray:
     "Return the first `shots` videos in `order` whose sources leave enough queries."
     names, counts = np.unique(sources, return_counts=True)
@@ -158,6 +161,7 @@ class EpisodeSampler:
         if self.pairs is None: return rng.permutation(len(self.pool.names))[:self.ways]
         return rng.permutation(self.pairs[rng.integers(len(self.pairs))])
 
+# %% ../../nbs/10_data/11_episodes.ipynb #6da84da3
 def _own_sources(pool: ClassPool) -> tuple[np.ndarray, ...]:
     "Return sources as if each video were a recording of its own."
     return tuple(np.arange(len(rows)) for rows in pool.rows)
@@ -174,6 +178,7 @@ def _check_numbers(s: EpisodeSampler) -> None:
         raise FsarError(f"split {s.pool.split!r} has {len(names)} classes, "
                         f"{s.ways}-way episodes need {s.ways}: {', '.join(names)}")
 
+# %% ../../nbs/10_data/11_episodes.ipynb #d74772b3
 def _pair_indices(pool: ClassPool, pairs: Sequence[tuple[str, str]], ways: int) -> np.ndarray:  # (P, 2)
     "Return the class indices of the pairs. Raise `FsarError` for a class that the split does not have."
     if ways != 2: raise FsarError(f"pairs of classes make two-way episodes: got ways={ways}")
@@ -200,6 +205,7 @@ def _check_classes(s: EpisodeSampler, quarantine: pd.DataFrame | None) -> None:
     lines.append("Ask for fewer shots or queries, add videos, or leave these classes out.")
     raise FsarError("\n".join(lines))
 
+# %% ../../nbs/10_data/11_episodes.ipynb #b3504bb0
 def _stock(s: EpisodeSampler, c: int, quarantine: pd.DataFrame | None) -> str:
     "Return how many videos a class has, from how many sources."
     _, sizes = np.unique(s.sources[c], return_counts=True)
@@ -211,6 +217,7 @@ def _stock(s: EpisodeSampler, c: int, quarantine: pd.DataFrame | None) -> str:
         if broken.any(): text += f", {broken.sum()} more in quarantine"
     return text
 
+# %% ../../nbs/10_data/11_episodes.ipynb #5430e6d6
 def _s(count: int) -> str: return "" if count == 1 else "s"
 
 # %% ../../nbs/10_data/11_episodes.ipynb #4874701f
@@ -287,6 +294,7 @@ def episode_table(sampler: EpisodeSampler, count: int, *, epoch: int = 0) -> Epi
             array[i, :len(values)] = values
     return EpisodeTable(**arrays, info=_table_info(sampler, epoch))
 
+# %% ../../nbs/10_data/11_episodes.ipynb #c7d898ed
 def _table_info(sampler: EpisodeSampler, epoch: int) -> dict[str, Any]:
     "Return how the episodes of a table were drawn."
     pool = sampler.pool
@@ -296,7 +304,7 @@ def _table_info(sampler: EpisodeSampler, epoch: int) -> dict[str, Any]:
     if not sampler.apart: info["apart"] = False  # never True: tables of earlier versions keep their hash
     return info
 
-# %% ../../nbs/10_data/11_episodes.ipynb #53f1f84a
+# %% ../../nbs/10_data/11_episodes.ipynb #9dc58110
 def _read_table(path: Path) -> tuple[EpisodeTable, str]:
     "Return the table in a file and the hash that was saved with it."
     if not path.is_file(): raise FsarError(f"no such file of episodes: {path}")
@@ -338,6 +346,7 @@ class EpisodeBatch:
         labels, query_labels, class_ids = map(change, (self.support_labels, self.query_labels, self.class_ids))
         return EpisodeBatch(support, labels, query, query_labels, class_ids, self.index)
 
+# %% ../../nbs/10_data/11_episodes.ipynb #20ef41df
 def _as_batch(episode: Episode, clips: Tensor, index: int) -> EpisodeBatch:
     "Return the batch of an episode from its clips (S + Q, T, 3, H, W)."
     def integers(array: np.ndarray) -> Tensor: return torch.from_numpy(array.astype(np.int64))
@@ -351,6 +360,7 @@ def cat_neighbours(first: Tensor, second: Tensor) -> Tensor:
     if not _are_neighbours(first, second): return torch.cat([first, second])
     return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
 
+# %% ../../nbs/10_data/11_episodes.ipynb #bd0f156d
 def _are_neighbours(first: Tensor, second: Tensor) -> bool:
     if first.device.type == "meta" or not _same_layout(first, second): return False
     if first.requires_grad or second.requires_grad: return False  # a view would pass gradients to the first only
@@ -359,6 +369,7 @@ def _are_neighbours(first: Tensor, second: Tensor) -> bool:
     same_storage = storage != 0 and storage == second.untyped_storage().data_ptr()
     return same_storage and bool(end == second.storage_offset())
 
+# %% ../../nbs/10_data/11_episodes.ipynb #53e82bc1
 def _same_layout(first: Tensor, second: Tensor) -> bool:
     "Return whether two tensors differ at most in their length and place."
     if first.dtype != second.dtype: return False
@@ -426,6 +437,7 @@ def episode_loader(dataset: Dataset, start: int = 0,
     return DataLoader(dataset, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
                       generator=torch.Generator(), worker_init_fn=begin_worker)
 
+# %% ../../nbs/10_data/11_episodes.ipynb #6ab48d6a
 def begin_worker(number: int) -> None:
     "Set up a loader's worker process."
     keep_freed_memory()
@@ -448,9 +460,10 @@ def draw_episode(episode: EpisodeBatch, class_names: Sequence[str],  # the class
             _draw_strip(ax, episode.query[k], *_query_title(name, guess))
     return fig
 
+# %% ../../nbs/10_data/11_episodes.ipynb #247d792b
 def _positions(labels: Tensor, way: int) -> list[int]: return (labels == way).nonzero().flatten().tolist()
 
-# %% ../../nbs/10_data/11_episodes.ipynb #0abccb1c
+# %% ../../nbs/10_data/11_episodes.ipynb #a5688da5
 def _strip_axes(clips: Tensor, lines: int, width: float) -> tuple["Figure", np.ndarray]:  # axes (lines, 2)
     "Return a figure with two columns of axes, each with room for a film strip and its title."
     import matplotlib.pyplot as plt
@@ -461,6 +474,7 @@ def _strip_axes(clips: Tensor, lines: int, width: float) -> tuple["Figure", np.n
     for ax in axes.flat: ax.axis("off")
     return fig, axes
 
+# %% ../../nbs/10_data/11_episodes.ipynb #425aa657
 def _draw_strip(ax: "Axes", clip: Tensor, title: str, colour: str = "black") -> None:
     strip(ax, clip.cpu())
     ax.set_title(title, loc="left", fontsize=9, pad=2, color=colour)

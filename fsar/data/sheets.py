@@ -48,6 +48,7 @@ class Section:
     @property
     def facts(self) -> str: return f"{self.split} · {_count(len(self.rows), self.usable, 'video')}"
 
+# %% ../../nbs/10_data/12_sheets.ipynb #b89501aa
 def _count(shown: int, there: int, noun: str, plural: str = "") -> str:
     "Return for example `4 of 30 videos`, or `30 videos` if all are shown."
     if there != 1: noun = plural or noun + "s"
@@ -73,6 +74,7 @@ def _groups(store: Store, split: str | None, classes: Sequence[str]) -> Groups:
     keys = sorted(found, key=lambda key: order.index(key[0]))
     return {key: found[key] for key in keys if not classes or key[1] in classes}
 
+# %% ../../nbs/10_data/12_sheets.ipynb #12de6d87
 def _why_absent(store: Store, split: str | None, name: str) -> str:
     "Return why there is no video of a class to show."
     sides = store.index.split[store.index["class"] == name].unique()
@@ -91,7 +93,7 @@ def _share(sizes: Sequence[int], wanted: int, limit: int) -> int:
     while share < min(wanted, max(sizes)) and sum(min(share + 1, size) for size in sizes) <= limit: share += 1
     return share
 
-# %% ../../nbs/10_data/12_sheets.ipynb #03e39e39
+# %% ../../nbs/10_data/12_sheets.ipynb #61ccdad6
 @dataclass(frozen=True, eq=False)
 class Sheet:
     "What a contact sheet shows."
@@ -176,6 +178,7 @@ class Sheet:
             sections="".join(self._section_html(k) for k in range(len(self.sections))), absent=self._absent_html())
         return PAGE.format(title=_html(self.title), style=STYLE, body=body)
 
+# %% ../../nbs/10_data/12_sheets.ipynb #2ec73721
 class SheetWarning(UserWarning):
     "A sheet shows less than you asked for."
 
@@ -207,6 +210,7 @@ def plan(store: Store, *,
     return Sheet(store, title=_title(store, split, names), sections=tuple(sections), absent=left_out(store, split, names),
                  frames=frames, height=height, cut=cut)
 
+# %% ../../nbs/10_data/12_sheets.ipynb #ee380d56
 def _title(store: Store, split: str | None, classes: Sequence[str]) -> str:
     parts = [store.name]
     if split: parts.append(split)
@@ -222,6 +226,7 @@ def _check_numbers(**numbers: int) -> None:
         if not isinstance(value, int) or not low <= value <= high:
             raise FsarError(f"{name} is a whole number from {low} to {high:,}, not {value!r}")
 
+# %% ../../nbs/10_data/12_sheets.ipynb #6a14ebb0
 def _cut_text(sections: Sequence[Section], groups: Groups, wanted: int, each: int, limit: int) -> str:
     "Return a sentence on what the limit of a sheet leaves out; empty if nothing."
     asked = sum(min(wanted, len(rows)) for rows in groups.values())
@@ -244,6 +249,7 @@ def _escaped(c: str) -> str:
     if "\udc80" <= c <= "\udcff": return f"\\x{ord(c) - 0xdc00:02x}"  # a byte that is not UTF-8
     return ascii(c)[1:-1]
 
+# %% ../../nbs/10_data/12_sheets.ipynb #226809f7
 def shorten(text: str, width: float,  # pixels
             font: ImageFont.FreeTypeFont) -> str:
     "Return `text`, or as much of its beginning and end as fits."
@@ -253,7 +259,7 @@ def shorten(text: str, width: float,  # pixels
         if font.getlength(short) <= width: return short
     return "…"
 
-# %% ../../nbs/10_data/12_sheets.ipynb #6fd2e335
+# %% ../../nbs/10_data/12_sheets.ipynb #fb80baa2
 @functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -265,6 +271,7 @@ def line(text: str, width: int, *, size: int = 12, bold: bool = False, colour: s
     ImageDraw.Draw(picture).text((0, 0), shorten(readable(text), width, font), fill=colour, font=font)
     return picture
 
+# %% ../../nbs/10_data/12_sheets.ipynb #f3d4e31a
 def _text_width(text: str, size: int, bold: bool = False) -> int:  # pixels
     return math.ceil(_font(size, bold).getlength(readable(text)))
 
@@ -279,6 +286,7 @@ def in_a_column(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
         top += picture.height + gap
     return canvas
 
+# %% ../../nbs/10_data/12_sheets.ipynb #16a9bd17
 def in_a_row(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
     "Put pictures next to one another, aligned at the top."
     width = sum(picture.width + gap for picture in pictures) - gap
@@ -298,6 +306,7 @@ def _frame_size(width: int, height: int, wanted: int) -> tuple[int, int]:
 def _scaled(frame: Image.Image, height: int) -> Image.Image:
     return frame.resize(_frame_size(*frame.size, height), Image.Resampling.LANCZOS)
 
+# %% ../../nbs/10_data/12_sheets.ipynb #b9231d16
 def strip(store: Store, row: int, frames: int, height: int) -> Image.Image:
     "Draw at most `frames` frames of a video, from its first to its last."
     pictures = store.frames(row, _spread_frames(store, row, frames)).movedim(1, -1).numpy()  # (T, H, W, 3)
@@ -315,6 +324,7 @@ def _label(store: Store, row: int) -> tuple[str, str]:
     if video.fps > 0: facts += f", {video.decoded / video.fps:.1f} s"
     return name, facts
 
+# %% ../../nbs/10_data/12_sheets.ipynb #53b26654
 def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
     "Draw a caption below a strip: the name on the left, the facts on the right."
     width, room = max(picture.width, 160), _text_width(facts, 12)
@@ -324,7 +334,7 @@ def _captioned(picture: Image.Image, name: str, facts: str) -> Image.Image:
 # %% ../../nbs/10_data/12_sheets.ipynb #c52c0b36
 WIDTH, MARGIN, GAP = 1840, 24, 16  # pixels: a sheet is not wider unless one strip is; around the sheet; between strips
 
-# %% ../../nbs/10_data/12_sheets.ipynb #2dee08c5
+# %% ../../nbs/10_data/12_sheets.ipynb #880216c5
 def _in_rows(pictures: Iterable[Image.Image]) -> Image.Image:
     "Put pictures in rows of at most `WIDTH` pixels, as words are put in lines."
     rows: list[list[Image.Image]] = [[]]
@@ -334,6 +344,7 @@ def _in_rows(pictures: Iterable[Image.Image]) -> Image.Image:
         rows[-1].append(picture)
     return in_a_column([in_a_row(row, GAP) for row in rows], gap=10)
 
+# %% ../../nbs/10_data/12_sheets.ipynb #2b213047
 def _with_margin(picture: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 2 * MARGIN), PAPER)
     canvas.paste(picture, (MARGIN, MARGIN))
@@ -347,6 +358,7 @@ def _heading(name: str, facts: str, width: int) -> Image.Image:
     name_width = min(_text_width(name, 15, bold=True), width - room - 12)
     return in_a_row([line(name, name_width, size=15, bold=True), line(facts, room, size=15, colour=GREY)], gap=12)
 
+# %% ../../nbs/10_data/12_sheets.ipynb #1b301a08
 def _absent_picture(absent: pd.DataFrame, width: int) -> Image.Image:
     "Draw the list of the videos that are left out, one a line."
     parts = [_heading("Not in the store", _count(len(absent), len(absent), "video"), width)]
@@ -421,7 +433,7 @@ th, td {text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px so
 th, td {overflow-wrap: anywhere}
 """
 
-# %% ../../nbs/10_data/12_sheets.ipynb #cb343562
+# %% ../../nbs/10_data/12_sheets.ipynb #0207a3f4
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -456,7 +468,7 @@ def _figure_html(store: Store, row: int, frames: int, height: int) -> str:
     pictures = "".join(f'<img alt="{alt}" src="{uri}">' for alt, uri in zip(alts, uris))
     return FIGURE.format(frames=len(uris), still=len(uris) // 2, pictures=pictures, name=name, facts=facts)
 
-# %% ../../nbs/10_data/12_sheets.ipynb #44ae7ad1
+# %% ../../nbs/10_data/12_sheets.ipynb #02b13947
 ROWS = 1000  # of the table of what is left out, on the page
 
 ABSENT = """<section id="absent"><h2>Not in the store <small>{count}</small></h2>
@@ -467,7 +479,7 @@ ABSENT = """<section id="absent"><h2>Not in the store <small>{count}</small></h2
 # %% ../../nbs/10_data/12_sheets.ipynb #a5b26955
 VIEWS = {"one": "a video plays under the pointer", "all": "all play", "strips": "strips of frames"}
 
-
+# %% ../../nbs/10_data/12_sheets.ipynb #922e21d9
 def _views_html() -> str:
     "Return the switches between views; the first is on."
     switches = [f'<label><input type="radio" name="view" id="{view}">{text}</label>\n' for view, text in VIEWS.items()]
@@ -493,6 +505,7 @@ def write_sheet(store: Store, out: str | Path,  # folder; created if it is not t
     with atomic_path(html) as temporary: temporary.write_text(page, encoding="utf-8")
     return png, html
 
+# %% ../../nbs/10_data/12_sheets.ipynb #7dca2a46
 def _file_name(title: str) -> str:
     "Return a file name for a title: letters, digits and .-_ only."
     return re.sub(r"[^\w.-]+", "_", readable(title)).strip("._")[:100] or "sheet"

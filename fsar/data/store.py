@@ -51,6 +51,7 @@ def _key(video: str) -> bytes:
     "Return the start of a video's keys: a hash, because names may be longer than LMDB's keys."
     return hashlib.blake2b(video.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
+# %% ../../nbs/10_data/08_store.ipynb #f017ee26
 def _write(env: lmdb.Environment, batch: Sequence[tuple[str, Record, bytes]]) -> None:
     "Write records and blocks in one transaction. Double the file's size if it is full."
     try:
@@ -62,6 +63,7 @@ def _write(env: lmdb.Environment, batch: Sequence[tuple[str, Record, bytes]]) ->
         env.set_mapsize(2 * env.info()["map_size"])
         _write(env, batch)
 
+# %% ../../nbs/10_data/08_store.ipynb #f0c2319f
 def _records(env: lmdb.Environment, videos: Iterable[str]) -> list[Record | None]:
     "Return the record of each video; None if it has none."
     with env.begin() as transaction:
@@ -83,6 +85,7 @@ def _writer(out: Path) -> Iterator[lmdb.Environment]:
         raise FsarError(f"cannot write {file}: {error} ({free:,.0f} MB free on that disk); "
                         "the next call resumes where this one stopped") from error
 
+# %% ../../nbs/10_data/08_store.ipynb #98269d02
 def _create(file: str) -> lmdb.Environment:
     try: return lmdb.open(file, subdir=False, map_size=1 << 28)
     except (lmdb.InvalidError, lmdb.CorruptedError):  # the process was killed while it created the file
@@ -101,6 +104,7 @@ def open_frames(file: str) -> lmdb.Environment:
         _HANDLES[file] = identity, lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
     return _HANDLES[file][1]
 
+# %% ../../nbs/10_data/08_store.ipynb #2282ee62
 def _close_handle(file: str) -> None:
     if file in _HANDLES: _HANDLES.pop(file)[1].close()
 
@@ -128,6 +132,7 @@ def _settings(manifest: pd.DataFrame, **numbers: int | None) -> dict[str, Any]:
     listed = {name: manifest.attrs[name] for name in ("benchmark", "train_size") if name in manifest.attrs}
     return {"format": 1, **numbers, "videos": len(rows), "manifest": sha256_json(rows), **listed}
 
+# %% ../../nbs/10_data/08_store.ipynb #a6585ce5
 def _check_manifest(manifest: pd.DataFrame) -> None:
     missing = [column for column in COLUMNS if column not in manifest]
     if missing: raise FsarError(f"the manifest has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
@@ -135,6 +140,7 @@ def _check_manifest(manifest: pd.DataFrame) -> None:
     twice = manifest.video[manifest.video.duplicated()]
     if len(twice): raise FsarError(f"the manifest lists the video {twice.iloc[0]!r} twice")
 
+# %% ../../nbs/10_data/08_store.ipynb #c4604504
 def _check_number(name: str, value: int | None) -> None:
     low, high = RANGES[name]
     none = " or None" if name == "max_frames" else ""
@@ -156,11 +162,12 @@ def _claim(out: Path, settings: dict[str, Any], update: bool = False) -> None:
         raise FsarError(f"{out} holds other files (e.g. {strangers[0]}): choose a new or empty folder for the store")
     write_json(out / "settings.json", settings)
 
+# %% ../../nbs/10_data/08_store.ipynb #ee34c640
 def _is_leftover(name: str) -> bool:
     "Return whether a file is a temporary file of a run that was killed."
     return any(name.startswith(f".{file}.") for file in FILES)
 
-# %% ../../nbs/10_data/08_store.ipynb #bb8a52a5
+# %% ../../nbs/10_data/08_store.ipynb #627ce3bf
 FIXED = ("format", "short_side", "max_frames", "quality", "benchmark")  # settings that an update cannot change
 
 def _compare(out: Path, old: dict[str, Any], new: dict[str, Any], update: bool) -> None:
@@ -175,6 +182,7 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any], update: bool) 
                     "or other classes, splits or sources): choose another folder, delete this one, "
                     "or update it with --update (update=True)")
 
+# %% ../../nbs/10_data/08_store.ipynb #9a217d65
 def _mark_unfinished(out: Path, settings: dict[str, Any]) -> None:
     "Turn a finished store into an unfinished one with these settings."
     with _locked(out):
@@ -201,6 +209,7 @@ def _sample_first(videos: int) -> list[int]:
     first = np.unique(sample).tolist()
     return [*first, *sorted(set(range(videos)) - set(first))]
 
+# %% ../../nbs/10_data/08_store.ipynb #003767ff
 def _room(out: Path, sizes: Sequence[int], rest: int) -> int:
     "Estimate from the sizes so far how many bytes `rest` more videos need. Raise `FsarError` if the disk is too full."
     each = float(np.mean(sizes))
@@ -211,7 +220,7 @@ def _room(out: Path, sizes: Sequence[int], rest: int) -> int:
                     f"and {size_text(free)} are free on that disk. Make room and repeat the command, "
                     "or choose another folder, a smaller short side or fewer frames")
 
-# %% ../../nbs/10_data/08_store.ipynb #a580fd43
+# %% ../../nbs/10_data/08_store.ipynb #41804b4a
 COMMIT = 1.0  # seconds of work that a killed run may lose
 
 class _Batch:
@@ -238,6 +247,7 @@ class _Order:
     workers: int
     progress: bool
 
+# %% ../../nbs/10_data/08_store.ipynb #a74c2d24
 def _decode_missing(env: lmdb.Environment, order: _Order) -> None:
     "Decode every video without a current record."
     todo = _without_record(env, order.manifest)
@@ -256,7 +266,7 @@ def _decode_missing(env: lmdb.Environment, order: _Order) -> None:
                 bar.set_description(f"{label}, {size_text(need)} to come")
     batch.write()
 
-# %% ../../nbs/10_data/08_store.ipynb #eabe4126
+# %% ../../nbs/10_data/08_store.ipynb #debddddb
 def _without_record(env: lmdb.Environment, manifest: pd.DataFrame) -> pd.DataFrame:
     "Return the rows of the videos without a current record, a sample of them first."
     records = _records(env, manifest.video)
@@ -264,6 +274,7 @@ def _without_record(env: lmdb.Environment, manifest: pd.DataFrame) -> pd.DataFra
     todo = manifest[~np.array(current)]
     return todo.iloc[_sample_first(len(todo))]
 
+# %% ../../nbs/10_data/08_store.ipynb #a35adcd1
 def _decode(todo: pd.DataFrame, order: _Order) -> Generator[tuple[str, Record, bytes], None, None]:
     "Decode videos; yield name, complete record and block of each."
     paths = dict(zip(todo.video, todo.path))
@@ -292,7 +303,7 @@ def _tables(manifest: pd.DataFrame, records: list[Record]) -> dict[str, pd.DataF
     missing = pd.DataFrame(manifest.attrs.get("missing", ()), columns=MISSING)
     return {"index": table.loc[~bad, INDEX].astype(TYPES), "quarantine": table.loc[bad, QUARANTINE], "missing": missing}
 
-# %% ../../nbs/10_data/08_store.ipynb #62f7d556
+# %% ../../nbs/10_data/08_store.ipynb #11820625
 def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any], origin: dict[str, Any]) -> None:
     "Write the tables, then the mark of completion; remove what killed runs have left."
     for name, table in tables.items():
@@ -307,6 +318,7 @@ def _finish(out: Path, tables: dict[str, pd.DataFrame], settings: dict[str, Any]
     for file in out.iterdir():
         if _is_leftover(file.name) or file.name == "frames.lmdb-lock": file.unlink()
 
+# %% ../../nbs/10_data/08_store.ipynb #27902f95
 def _delete_others(env: lmdb.Environment, videos: Iterable[str]) -> None:
     "Delete the entries of videos that are not in the list any more."
     kept = {_key(video) for video in videos}
@@ -318,6 +330,7 @@ def _delete_others(env: lmdb.Environment, videos: Iterable[str]) -> None:
 class QuarantineWarning(UserWarning):
     "Some videos of a data set cannot be used."
 
+# %% ../../nbs/10_data/08_store.ipynb #3231bc6b
 def prepare(manifest: pd.DataFrame,          # columns video, path, class, split, source
             out: str | Path,                 # folder of the store; created, resumed or reused
             *, short_side: int,              # pixels of the shorter side of the stored frames
@@ -343,6 +356,7 @@ def prepare(manifest: pd.DataFrame,          # columns video, path, class, split
     if len(store.quarantine): warnings.warn(QuarantineWarning(_quarantine_text(store)), stacklevel=2)
     return store
 
+# %% ../../nbs/10_data/08_store.ipynb #fc0b4bb1
 def _make(order: _Order, settings: dict[str, Any]) -> None:
     "Make or resume a store."
     manifest, out = order.manifest, order.out
@@ -363,6 +377,7 @@ def _changed(out: Path, manifest: pd.DataFrame) -> list[str]:
     records = _records(open_frames(str(out / "frames.lmdb")), manifest.video)
     return [path for record, path in zip(records, manifest.path) if not _is_current(record, path)]
 
+# %% ../../nbs/10_data/08_store.ipynb #b684c95b
 def _quarantine_text(store: "Store") -> str:
     bad = store.quarantine
     lines = [f"{len(bad)} of {store.settings['videos']} videos cannot be used, see {store.path / 'quarantine.csv'}:"]
@@ -447,7 +462,7 @@ class Store:
         if damaged:
             raise FsarError(f"{self.path}: the frames of {damaged[0]!r} are damaged: delete the folder and prepare it again")
 
-# %% ../../nbs/10_data/08_store.ipynb #a310e5f5
+# %% ../../nbs/10_data/08_store.ipynb #58a7f8f0
 def damaged_blocks(store: Store, progress: bool = True
                    ) -> tuple[list[str], int]:  # damaged videos; how many blocks belong to no video of the index
     "Compare every block of frames with its hash."
@@ -461,6 +476,7 @@ def damaged_blocks(store: Store, progress: bool = True
         blocks = sum(key.endswith(b"f") for key in keys)
     return damaged, blocks - len(store)
 
+# %% ../../nbs/10_data/08_store.ipynb #2e3f24e5
 def original(store: Store, row: int) -> tuple[str | None, bool]:
     "Return the path of the file that a row was decoded from (None if it is gone), and whether the file is unchanged."
     records = _records(open_frames(str(store.path / "frames.lmdb")), [store.index.video.iloc[row]])
@@ -482,6 +498,7 @@ def open_store(path: str | Path) -> Store:
     tables = {name: _read_table(path / f"{name}.csv", mark[name]) for name in names}
     return Store(path, settings=mark["settings"], hash=mark["hash"], origin=mark.get("origin", {}), **tables)
 
+# %% ../../nbs/10_data/08_store.ipynb #ce26350d
 def _read_mark(path: Path) -> dict[str, Any]:
     "Return the content of `store.json`."
     if not (path / "store.json").is_file():
@@ -494,6 +511,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
         raise FsarError(f"{path / 'store.json'} is damaged: delete {path} and prepare it again")
     return mark
 
+# %% ../../nbs/10_data/08_store.ipynb #ce3f1208
 def _read_table(path: Path, digest: str) -> pd.DataFrame:
     if not path.is_file() or sha256_file(path) != digest:
         raise FsarError(f"{path} is missing or damaged: delete {path.parent} and prepare it again")

@@ -133,11 +133,13 @@ def bent_ways(a: Place, b: Place, gap: tuple[float, float]) -> list[Way]:
     "Return lines from a to b with one or two bends."
     down = a.y < b.y
     late, early = b.left - gap[0] / 2, a.right + gap[0] / 2
+    side = max(a.right, b.right) + gap[0] / 2
     above, below = min(a.top, b.top) - gap[1] / 2, max(a.bottom, b.bottom) + gap[1] / 2
     return [[(a.right, a.y), (late, a.y), (late, b.y), (b.left, b.y)],
             [(a.right, a.y), (early, a.y), (early, b.y), (b.left, b.y)],
             [(a.right, a.y), (b.x, a.y), (b.x, b.top if down else b.bottom)],
             [(a.x, a.bottom if down else a.top), (a.x, b.y), (b.left, b.y)],
+            [(a.right, a.y), (side, a.y), (side, b.y), (b.right, b.y)],
             [(a.x, a.top), (a.x, above), (b.x, above), (b.x, b.top)],
             [(a.x, a.bottom), (a.x, below), (b.x, below), (b.x, b.bottom)]]
 

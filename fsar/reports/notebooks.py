@@ -20,7 +20,7 @@ from ..core.files import cache_dir, read_json, resource, write_json, writing
 from ..core.machine import unlaunched
 from .provenance import now
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #d68f462a
+# %% ../../nbs/60_reports/02_notebooks.ipynb #ad9e137f
 def setting(default: Any, help: str) -> Any:
     "Return a dataclass field with a default and a help text."
     return dataclasses.field(default=default, metadata={"help": help})
@@ -43,7 +43,7 @@ def _parameter_lines(name: str, kind: str, value: str, help: str) -> list[str]:
     line = f"{name}: {kind} = {value}"
     return [f"# {help}", line] if "=" in help else [f"{line}  # {help}"]
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #973abd07
+# %% ../../nbs/60_reports/02_notebooks.ipynb #47304f08
 def _kind_text(kind: Any) -> str:
     "Return a type as JSON values have it: tuples are lists, a choice of words is a text."
     if typing.get_origin(kind) is tuple: return f"list[{_kind_text(typing.get_args(kind)[0])}]"
@@ -78,7 +78,7 @@ def settle(text: str) -> str:
         lines.append(states[-1].rstrip() if states else "")
     return "\n".join(lines)
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #38d42896
+# %% ../../nbs/60_reports/02_notebooks.ipynb #9d9a6f4c
 def tidy(notebook: Any) -> None:
     "Change a notebook in place: join and settle the stream outputs of its cells, and remove folders of this machine."
     notebook.metadata.get("papermill", {}).pop("input_path", None)
@@ -148,7 +148,7 @@ def _readable(cell: Any) -> Any:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return cell
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #ce0ae124
+# %% ../../nbs/60_reports/02_notebooks.ipynb #3b0fe627
 def _html_body(notebook: Any) -> str:
     "Return the texts and outputs of a notebook as HTML."
     from nbconvert import HTMLExporter
@@ -186,7 +186,7 @@ def clear(out: Path, template: str) -> None:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #62d9e0a0
+# %% ../../nbs/60_reports/02_notebooks.ipynb #52d7eb2a
 def check_kernel(notebook: Path) -> None:
     "Raise FsarError unless the kernel that a notebook names is installed."
     import nbformat
@@ -245,7 +245,7 @@ def _own_errors() -> set[str]:
     for kind in kinds: kinds += kind.__subclasses__()
     return {kind.__name__ for kind in kinds}
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #fab07414
+# %% ../../nbs/60_reports/02_notebooks.ipynb #5970849d
 def produce(source: Path, out: Path, parameters: Mapping[str, Any],
             state: Mapping[str, Any],  # for run.json, in addition to status and times; with the name of the template
             progress: bool = True) -> None:
@@ -258,7 +258,7 @@ def produce(source: Path, out: Path, parameters: Mapping[str, Any],
     to_html(target, out / "report.html")
     write_json(out / "run.json", {**state, "status": "finished", "finished": now()})
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #50aa1c50
+# %% ../../nbs/60_reports/02_notebooks.ipynb #5110fd00
 @dataclass(frozen=True, kw_only=True)
 class Report:
     "The settings of a report. A subclass adds fields made with `setting`, and what `check` and `prepare` need to do."
@@ -278,7 +278,7 @@ class Report:
 
 REPORTS: Registry[type[Report]] = Registry("report")
 
-# %% ../../nbs/60_reports/02_notebooks.ipynb #cc163e7d
+# %% ../../nbs/60_reports/02_notebooks.ipynb #2b459e56
 def make_report(kind: str,  # a name in REPORTS, which is its template's name too
                 out: str | Path, *, progress: bool = True,
                 **settings: Any  # fields of the report's class

@@ -83,7 +83,7 @@ def _entries_of_mappings(stored: Mapping[str, Any], again: Mapping[str, Any], kn
         elif name not in stored: yield Entry(where, "added" if name in known else "newer", None, again[name])
         else: yield from entries(stored[name], again[name], known, where)
 
-# %% ../../nbs/60_reports/05_rerun.ipynb #fcbbda54
+# %% ../../nbs/60_reports/05_rerun.ipynb #c831fe57
 def names_in(value: Any) -> Iterator[str]:
     "Yield all names and texts of a tree."
     if isinstance(value, str): yield value
@@ -210,7 +210,7 @@ def places_read(words: Sequence[str]  # of the command
     if words[1] == "report": places += map(Path, itertools.takewhile(lambda word: not word.startswith("-"), words[2:]))
     return places + models
 
-# %% ../../nbs/60_reports/05_rerun.ipynb #53c05281
+# %% ../../nbs/60_reports/05_rerun.ipynb #1681e5e4
 def check_places(words: Sequence[str], report: str | Path) -> None:
     "Raise FsarError for the first missing place that a command reads, and name the report to be made first, if it is part of one."
     for place in places_read(words):
@@ -318,7 +318,7 @@ def rerun(report: str | Path, out: str | Path | None = None  # where to make it 
     write_json(folder / MARK, mark | {"result": result})
     return result
 
-# %% ../../nbs/60_reports/05_rerun.ipynb #0aab93d9
+# %% ../../nbs/60_reports/05_rerun.ipynb #067e4025
 def outcome(report: str | Path, out: Path, stored: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, Any]:
     "Return what the comparison found, as text for people and as values for programs."
     found, others = same_figures(stored, again), circumstances(stored, again)
@@ -368,7 +368,8 @@ def _links(report: Path, folder: Path, notebook: Path | None) -> str:
 TEXT = """{mark}
 # Reports
 
-{count}, from their `metrics.json`. `fsar rerun {home}/NAME` makes one again in another folder and says whether its figures are equal to the bit.
+{count}, from their `metrics.json`. `fsar rerun {home}/NAME` makes one again in another folder and says whether its figures \
+are equal to the bit.
 
 {table}
 
@@ -400,7 +401,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     for row in rows: lines.append([row[name].replace("|", "\\|").replace("\n", " ") for name in names])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../../nbs/60_reports/05_rerun.ipynb #c7faa89c
+# %% ../../nbs/60_reports/05_rerun.ipynb #5f27c741
 def write_index(folder: str | Path = "reports") -> dict[str, Any]:
     "Write the index to README.md in `folder`; return its path and the number of reports. Never replace another README.md."
     file, text = Path(folder) / "README.md", index_text(folder)

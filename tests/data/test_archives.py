@@ -321,9 +321,9 @@ def test_sparse_and_unknown_members_of_tar(world):
 def test_two_members_in_one_place(kind, world):
     refused(world, first(world, kind, [M("a/x.avi", b"1"), M("a/x.avi", b"2")]), "same place")
     refused(world, first(world, kind, [M("a/x.avi", b"1"), M("./a//x.avi", b"1")]), "same place")
-    refused(world, first(world, kind, [M("a", b"1"), M("a/x.avi", b"2")]), "needs a folder where a file stands")
-    refused(world, first(world, kind, [M("a/b/x.avi", b"1"), M("a", b"2")]), "where a folder is needed")
-    refused(world, first(world, kind, [M("a", kind="folder"), M("a", b"2")]), "where a folder is needed|needs a folder|same place")
+    refused(world, first(world, kind, [M("a", b"1"), M("a/x.avi", b"2")]), "needs a folder where there is a file")
+    refused(world, first(world, kind, [M("a/b/x.avi", b"1"), M("a", b"2")]), "has the place of a folder that is needed by")
+    refused(world, first(world, kind, [M("a", kind="folder"), M("a", b"2")]), "has the place of a folder|needs a folder|same place")
 
 
 def test_two_archives_with_one_place(world):

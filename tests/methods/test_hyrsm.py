@@ -61,20 +61,20 @@ def task_tokens_loop(m: TaskRelation, means):
 
 def logits_loop(model, support, labels, query, ways):
     "Logits query by query, support by support; every joined frame is spelled out from the concatenation."
-    bend = (lambda x: x.clamp(min=0)) if isinstance(model.bend, torch.nn.ReLU) else (lambda x: x)
+    bend = (lambda x: x.clamp(min=0)) if isinstance(model.rectify, torch.nn.ReLU) else (lambda x: x)
     support, labels = support[labels >= 0], labels[labels >= 0]
     if model.shots == "mean": support, labels = torch.stack([support[labels == n].mean(0) for n in range(ways)]), torch.arange(ways)
     weight, bias = model.join.weight[:, :, 0], model.join.bias
-    sums, logits = model.match.keywords.get("sums", False), torch.zeros(len(query), ways, dtype=torch.float64)
+    sums, logits = model.matching.matcher.keywords.get("sums", False), torch.zeros(len(query), ways, dtype=torch.float64)
     for q, asked in enumerate(query):
         tokens = bend(task_tokens_loop(model.across, torch.stack([*support.mean(1), asked.mean(0)])))
         join = lambda video, token: [weight @ torch.cat([frame, token]) + bias for frame in video]
         x, distances = join(asked, tokens[-1]), []
         for s, video in enumerate(support):
-            d = [[1 - (a @ b / (a.norm() * b.norm() + model.cosine_eps)).item() for b in join(video, tokens[s])] for a in x]
+            d = [[1 - (a @ b / (a.norm() * b.norm() + model.matching.cosine_eps)).item() for b in join(video, tokens[s])] for a in x]
             rows, columns = [min(row) for row in d], [min(column) for column in zip(*d)]
             distances.append(sum(rows) + sum(columns) if sums else sum(rows) / len(rows) + sum(columns) / len(columns))
-        for n in range(ways): logits[q, n] = -model.scale * sum(d for d, l in zip(distances, labels) if l == n) / int((labels == n).sum())
+        for n in range(ways): logits[q, n] = -model.matching.scale * sum(d for d, l in zip(distances, labels) if l == n) / int((labels == n).sum())
     return logits
 
 
@@ -157,7 +157,7 @@ def test_coherence_is_of_the_frames_that_are_matched(options):
     model, task = make(dropout=0.0, task_dropout=0.0, temporal_coherence=0.3, **options).train(), episode()
     out = model(task)
     x, s, total = model.embed(task.clips)["frames"], len(task.support), []
-    shown, labels = model.shown({"frames": x[:s]}, task.support_labels, 3)
+    shown, labels = model.representatives({"frames": x[:s]}, task.support_labels, 3)
     if options.get("across", True):
         own, shift, asked = model.relate(shown, labels >= 0, x[s:])
         moved = own + shift[:, :, None]
@@ -184,7 +184,7 @@ def test_parts_switch_off(options):
 @pytest.mark.parametrize("matcher", ["bimhm", "otam"])
 def test_without_relations_it_is_its_matcher(matcher):
     model, x, labels = make(matcher=matcher, within=False, across=False).eval(), frames_of(6).float(), torch.tensor([0, 0, 1])
-    plain = create_model(matcher, backbone="resnet_micro", options={"scale": model.scale}).eval()
+    plain = create_model(matcher, backbone="resnet_micro", options={"scale": model.matching.scale}).eval()
     assert torch.allclose(model.score({"frames": x[:3]}, labels, {"frames": x[3:]}, 2), plain.score({"frames": x[:3]}, labels, {"frames": x[3:]}, 2), rtol=1e-5)
     assert not model.relational and make().relational
 

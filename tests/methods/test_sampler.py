@@ -5,7 +5,7 @@ import torch
 
 from fsar.core.basics import FsarError, torch_seed
 from fsar.methods.sampler import (PerturbedTopK, SampledModel, TaskLearner, amplify, inverse_transform, perturbed_top_frames, picked, profiles, related,
-                                  stretched, top_frames)
+                                  rescale_01, top_frames)
 from fsar.model.base import METHODS
 from fsar.model.registry import create_model
 from fsar.model.blocks import interpolation, sinusoids
@@ -134,9 +134,9 @@ def test_related_features_and_saliency_as_loops():
     assert torch.allclose(torch.einsum("chw,c->hw", related(f), w) / 4, expected, rtol=1e-10)
 
 
-def test_stretched_values():
+def test_rescale_01_values():
     x = torch.tensor([[1.0, 3, 2], [5, 5, 5]])
-    assert torch.equal(stretched(x, 1), torch.tensor([[0, 1, 0.5], [0, 0, 0]]))
+    assert torch.equal(rescale_01(x, 1), torch.tensor([[0, 1, 0.5], [0, 0, 0]]))
 
 
 # ---- the task
