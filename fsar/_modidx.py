@@ -1189,6 +1189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fsar.data.splits.folder_manifest': ('10_data/splits.html#folder_manifest', 'fsar/data/splits.py'),
                                   'fsar.data.splits.leaks': ('10_data/splits.html#leaks', 'fsar/data/splits.py'),
                                   'fsar.data.splits.load_split': ('10_data/splits.html#load_split', 'fsar/data/splits.py'),
+                                  'fsar.data.splits.python_strings': ('10_data/splits.html#python_strings', 'fsar/data/splits.py'),
                                   'fsar.data.splits.same_classes': ('10_data/splits.html#same_classes', 'fsar/data/splits.py'),
                                   'fsar.data.splits.some_of': ('10_data/splits.html#some_of', 'fsar/data/splits.py'),
                                   'fsar.data.splits.sources': ('10_data/splits.html#sources', 'fsar/data/splits.py'),

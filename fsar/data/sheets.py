@@ -21,11 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 from ..core.basics import FsarError, generator, nearest
 from ..core.files import atomic_path, writing
 from .pictures import INK
-from .splits import SPLITS, some_of
+from .splits import SPLITS, python_strings, some_of
 from .store import Store
 from .video import spread
 
 # %% ../../nbs/10_data/12_sheets.ipynb #53182aae
+@python_strings
 def left_out(store: Store, split: str | None = None, classes: Sequence[str] = ()
              ) -> pd.DataFrame:  # columns video, class, split, reason
     "Return the videos of these classes that cannot be used or were not found."

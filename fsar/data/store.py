@@ -20,6 +20,7 @@ import numpy as np, pandas as pd, torch
 from ..core.basics import FsarError, track
 from ..core.files import atomic_path, read_json, sha256_file, sha256_json, size_text, write_json, writing
 from .decoding import Record, decode_many, file_stamp
+from .splits import python_strings
 
 # %% ../../nbs/10_data/08_store.ipynb #6093f092
 Block = bytes | memoryview           # what `fsar.data.decoding.pack` returns
@@ -291,6 +292,7 @@ QUARANTINE = ["video", "path", "class", "split", "reason"]
 MISSING = ["video", "class", "split", "hint"]
 TYPES = {"frames": int, "height": int, "width": int, "decoded": int, "fps": float}
 
+@python_strings
 def _tables(manifest: pd.DataFrame, records: list[Record]) -> dict[str, pd.DataFrame]:
     "Return index, quarantine and missing videos. Raise `FsarError` if no video can be used."
     facts = pd.DataFrame(records)
@@ -512,6 +514,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
     return mark
 
 # %% ../../nbs/10_data/08_store.ipynb #ce3f1208
+@python_strings
 def _read_table(path: Path, digest: str) -> pd.DataFrame:
     if not path.is_file() or sha256_file(path) != digest:
         raise FsarError(f"{path} is missing or damaged: delete {path.parent} and prepare it again")

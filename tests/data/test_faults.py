@@ -485,7 +485,8 @@ import json, os, resource, sys, time, warnings
 import pandas as pd
 from fsar.data.store import prepare
 request = json.loads(sys.stdin.read())
-manifest = pd.DataFrame(request["rows"], columns=["video", "path", "class", "split", "source"])
+with pd.option_context("mode.string_storage", "python"):  # the strings of pyarrow refuse names that are not UTF-8
+    manifest = pd.DataFrame(request["rows"], columns=["video", "path", "class", "split", "source"])
 began = time.monotonic()
 warnings.simplefilter("ignore")
 store = prepare(manifest, request["out"], short_side=request["side"], workers=2, timeout=request["timeout"], progress=False)
