@@ -10,7 +10,7 @@ import dataclasses, json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional
 
 from .flags import Command, Switch, note, settings, warnings_as_lines
 from ..core.basics import FsarError
@@ -20,7 +20,8 @@ from ..core.config import Config
 @dataclass(kw_only=True)
 class About(Command):
     """Print how to obtain a public benchmark: source, size, licence, commands, and the folder layouts that are understood."""
-    name: tyro.conf.Positional[Annotated[str, note("ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100 or kinetics100-molo", metavar="BENCHMARK")]]
+    name: Positional[Annotated[str, note(
+        "ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100 or kinetics100-molo", metavar="BENCHMARK")]]
 
     def run(self) -> dict[str, Any]:
         from fsar.data.sources import how_to_get
@@ -32,11 +33,13 @@ class About(Command):
 # %% ../../nbs/99_cli/01_data.ipynb #6f4b7371
 @dataclass(kw_only=True)
 class Unpack(Command):
-    """Unpack .zip, .tar, .tar.gz and .rar archives: all members or none. Each member is checked before anything is written, and nothing is overwritten.
+    """Unpack .zip, .tar, .tar.gz and .rar archives: all members or none. Each member is checked before anything is
+    written, and nothing is overwritten.
 
-    Name the parts of a split archive together, in their order. Archives inside the archive are unpacked too (HMDB51 has one for each class).
+    Name the parts of a split archive together, in their order. Archives inside the archive are unpacked too (HMDB51 has
+    one for each class).
     For example: fsar data unpack UCF101.rar --out videos/ucf101"""
-    archives: tyro.conf.Positional[Annotated[tuple[str, ...], note("the archive, or the parts of one", metavar="ARCHIVE")]]
+    archives: Positional[Annotated[tuple[str, ...], note("the archive, or the parts of one", metavar="ARCHIVE")]]
     out: Annotated[str, note("folder for the members; made if missing")]
     max_gb: Annotated[float, note("refuse archives that unpack to more than this, GB")] = 1000.0
     outer: Annotated[Switch, note("keep archives inside the archive as they are", hint="")] = False
@@ -57,17 +60,21 @@ SOURCES = ("dataset", "videos", "train_size", "splits", "train_classes", "val_cl
 
 @dataclass(kw_only=True)
 class Prepare(Command):
-    """Decode a data set once: find its videos, check each, store its frames for fast access, and report what is there, what is missing and what is broken.
+    """Decode a data set once: find its videos, check each, store its frames for fast access, and report what is there,
+    what is missing and what is broken.
 
-    DATASET is motions or motions-mini (rendered on the spot), a folder root/<class>/<video>, or a public benchmark together with --videos: ucf101, hmdb51,
-    ssv2-full, ssv2-small, kinetics100. Nothing is written next to the videos. Stop it at any moment: the same command resumes.
+    DATASET is motions or motions-mini (rendered on the spot), a folder root/<class>/<video>, or a public benchmark
+    together with --videos: ucf101, hmdb51, ssv2-full, ssv2-small, kinetics100. Nothing is written next to the videos.
+    Stop it at any moment: the same command resumes.
     For example: fsar data prepare ucf101 --videos ~/UCF-101 --out stores/ucf101"""
     data: Annotated[Any, settings("data", SOURCES, positional=["dataset"])]
     out: Annotated[str, note("folder for the store; empty: in fsar's cache")] = ""
-    short_side: Annotated[int | None, note("short side of the stored frames, pixels", metavar="INT", hint="(default: 256, for rendered data 72)")] = None
+    short_side: Annotated[int | None, note(
+        "short side of the stored frames, pixels", metavar="INT", hint="(default: 256, for rendered data 72)")] = None
     processes: Annotated[int, note("decoding processes, 0: one for each core")] = 0
     timeout: Annotated[float, note("seconds after which a video is given up")] = 60.0
-    update: Annotated[Switch, note("update a finished store: decode new files, drop missing ones, try changed ones again", hint="")] = False
+    update: Annotated[Switch, note(
+        "update a finished store: decode new files, drop missing ones, try changed ones again", hint="")] = False
 
     def run(self) -> dict[str, Any]:
         from fsar.data.datasets import dataset_kind, prepare_and_summarise
@@ -84,8 +91,9 @@ class Prepare(Command):
 # %% ../../nbs/99_cli/01_data.ipynb #2e1c1e5d
 @dataclass(kw_only=True)
 class Check(Command):
-    """Check that a prepared store is as it was: compare all frames with their hashes, count them, and decode a sample of the originals again."""
-    store: tyro.conf.Positional[Annotated[str, note("folder of a prepared store", metavar="STORE")]]
+    """Check that a prepared store is as it was: compare all frames with their hashes, count them, and decode a sample of
+    the originals again."""
+    store: Positional[Annotated[str, note("folder of a prepared store", metavar="STORE")]]
     sample: Annotated[int, note("originals to decode again, spread over the store; 0 for none")] = 32
 
     def run(self) -> dict[str, Any]:
@@ -102,14 +110,16 @@ class Check(Command):
 # %% ../../nbs/99_cli/01_data.ipynb #0825d3fa
 @dataclass(kw_only=True)
 class Show(Command):
-    """Draw a contact sheet of a prepared store: a few frames of every video of a class, or of some videos of every class, as a picture and as a page whose videos play.
+    """Draw a contact sheet of a prepared store: a few frames of every video of a class, or of some videos of every class,
+    as a picture and as a page whose videos play.
 
     For example: fsar data show stores/ucf101 --split test --out sheets"""
-    store: tyro.conf.Positional[Annotated[str, note("folder of a prepared store", metavar="STORE")]]
+    store: Positional[Annotated[str, note("folder of a prepared store", metavar="STORE")]]
     out: Annotated[str, note("folder for the .png and the .html")]
     split: Annotated[Literal["train", "val", "test"] | None, note("one split only", hint="(default: all)")] = None
     classes: Annotated[tuple[str, ...], note("one or several classes", name="class", hint="(default: all)")] = ()
-    videos: Annotated[int | None, note("videos of each class", metavar="INT", hint="(default: 24 of a single class, else 4)")] = None
+    videos: Annotated[int | None, note(
+        "videos of each class", metavar="INT", hint="(default: 24 of a single class, else 4)")] = None
     frames: Annotated[int, note("frames of each video, evenly spread")] = 6
     height: Annotated[int, note("height of a frame, pixels")] = 72
     limit: Annotated[int, note("videos on a sheet; a warning says how many are left out")] = 300

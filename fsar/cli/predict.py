@@ -12,31 +12,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import Positional
 
 from .flags import Command, Switch, note, warnings_as_lines
 from ..core.basics import FsarError
 from ..core.files import writing
 
-MODEL = "a model that comes with fsar, the folder of a run, a checkpoint or a shared model, or OWNER/NAME on the Hugging Face hub (needs fsar[hub])"
+MODEL = ("a model that comes with fsar, the folder of a run, a checkpoint or a shared model, "
+         "or OWNER/NAME on the Hugging Face hub (needs fsar[hub])")
 
 # %% ../../nbs/99_cli/04_predict.ipynb #4316cfac
 @dataclass(kw_only=True)
 class Predict(Command):
     """Name the class of your own videos after a few examples of each class. Nothing is trained.
 
-    The examples are a folder EXAMPLES/<class>/<clip>, with any number of clips for each class, or a file that --save has written.
+    The examples are a folder EXAMPLES/<class>/<clip>, with any number of clips for each class, or a file that --save
+    has written.
     For example: fsar predict clip.mp4 --support EXAMPLES --picture why.png"""
-    videos: tyro.conf.Positional[Annotated[tuple[str, ...], note("video files to recognise; with --save there may be none", metavar="VIDEO")]] = ()
-    support: Annotated[str, note("folder of examples with a folder for each class, or a file that --save has written", metavar="EXAMPLES")]
+    videos: Positional[Annotated[tuple[str, ...], note(
+        "video files to recognise; with --save there may be none", metavar="VIDEO")]] = ()
+    support: Annotated[str, note(
+        "folder of examples with a folder for each class, or a file that --save has written", metavar="EXAMPLES")]
     model: Annotated[str, note(MODEL)] = "molo-motions-mini"
-    windows: Annotated[float, note("for long videos: one answer for every window of this many seconds; 0: one for the whole video")] = 0.0
+    windows: Annotated[float, note(
+        "for long videos: one answer for every window of this many seconds; 0: one for the whole video")] = 0.0
     step: Annotated[float, note("seconds from the start of one window to the next; 0: a quarter of a window")] = 0.0
-    calibrate: Annotated[str, note("folder of clips of other classes; they calibrate the probabilities and 'none of these'", metavar="FOLDER", hint="")] = ""
-    save: Annotated[str, note("write what was learned to this .safetensors file, for a later --support", metavar="FILE", hint="")] = ""
-    picture: Annotated[str, note("draw the answers and their evidence, or with --windows the timeline, to this .png file", metavar="FILE", hint="")] = ""
-    short_side: Annotated[int | None, note("short side to which frames are scaled, pixels", metavar="INT", hint="(default: as in training)")] = None
-    size: Annotated[int | None, note("side of the square that the model sees, pixels", metavar="INT", hint="(default: as in training)")] = None
+    calibrate: Annotated[str, note(
+        "folder of clips of other classes; they calibrate the probabilities and 'none of these'",
+        metavar="FOLDER", hint="")] = ""
+    save: Annotated[str, note(
+        "write what was learned to this .safetensors file, for a later --support", metavar="FILE", hint="")] = ""
+    picture: Annotated[str, note(
+        "draw the answers and their evidence, or with --windows the timeline, to this .png file",
+        metavar="FILE", hint="")] = ""
+    short_side: Annotated[int | None, note(
+        "short side to which frames are scaled, pixels", metavar="INT", hint="(default: as in training)")] = None
+    size: Annotated[int | None, note(
+        "side of the square that the model sees, pixels", metavar="INT", hint="(default: as in training)")] = None
     device: Annotated[str, note("auto, cpu, cuda, cuda:1, mps")] = "auto"
     overwrite: Annotated[Switch, note("replace the files that --save and --picture name", hint="")] = False
 
@@ -113,7 +125,8 @@ class Serve(Command):
 
     Only this machine reaches the page, unless --host says otherwise. Ctrl-C ends it, and deletes all that was uploaded."""
     model: Annotated[str, note(MODEL)] = "molo-motions-mini"
-    host: Annotated[str, note("address to listen on; 0.0.0.0 lets every machine in the network in, without a password")] = "127.0.0.1"
+    host: Annotated[str, note(
+        "address to listen on; 0.0.0.0 lets every machine in the network in, without a password")] = "127.0.0.1"
     port: Annotated[int, note("port to listen on; 0: the first free one from 7860")] = 0
     max_mb: Annotated[float, note("largest file accepted, MB")] = 64.0
     max_seconds: Annotated[float, note("longest video accepted, seconds")] = 60.0

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SAMPLERS', 'PIXELS', 'Output', 'widened', 'FewShotModel',
 
 # %% ../../nbs/30_model/04_base.ipynb #05970cbc
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,19 +25,19 @@ from .embedding import Embedding
 from .matching import Matcher, frame_similarity
 
 METHODS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("method", own="fsar.methods")
-SAMPLERS: OpenRegistry[type["FewShotModel"]] = OpenRegistry("sampler", own="fsar.methods")
+SAMPLERS: OpenRegistry[type[Any]] = OpenRegistry("sampler", own="fsar.methods")
 PIXELS = {"video": (0.45, 0.225), "unit": (0.0, 1.0)}
 
 # %% ../../nbs/30_model/04_base.ipynb #e77c1cdc
 class Output(NamedTuple):
-    "What a training step sees."
+    "The result of an episode in training."
     logits: Tensor  # (Q, N)
     losses: dict[str, tuple[float, Tensor]]  # name → (weight, value)
     loss: Tensor  # scalar, the weighted sum
 
 # %% ../../nbs/30_model/04_base.ipynb #3185e4fc
-def widened(embedding: Embedding) -> Embedding:
-    "Half precision as float32; all else (bytes of pixels, float64) as it is."
+def widened(embedding: Mapping[str, Tensor]) -> Embedding:
+    "Return what a method computed as an Embedding, half precision as float32."
     return Embedding(embedding).float32()
 
 # %% ../../nbs/30_model/04_base.ipynb #927f699c
@@ -51,7 +51,7 @@ class FewShotModel(nn.Module):
     least_frames = 1  # the fewest frames that the method can work with
     relational = False  # whether the logit of a class depends on the episode's other classes
     cost: Cost | None = None  # how its work grows, see Cost; None: its growth is measured, but not judged
-    silent_at_start: tuple[str, ...] = ()  # parameters behind a gate that starts closed: without gradient until the first step has opened it
+    silent_at_start: tuple[str, ...] = ()  # parameters whose gradient is zero before the first step: behind a zero-initialised gate
     parts: tuple[type, ...] = ()  # classes whose constructor keywords are options of this one too
     released_layout: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): names in the authors' checkpoints → ours
     released_lacks: tuple[str, ...] = (r".*\.num_batches_tracked",)  # patterns of our names that the authors' checkpoints need not have
@@ -59,73 +59,80 @@ class FewShotModel(nn.Module):
     def __init__(self, backbone: Backbone, *, frames: int = 8,  # T
                  classes: int | None = None,  # number of base classes, for the class-label loss
                  class_loss: float = 0.5,  # weight of that loss; 0 leaves the classifier out
-                 pixels: Literal["backbone", "video", "unit"] = "backbone",  # normalised as for the backbone's weights, by 0.45 and 0.225, or 0–1 as they are
+                 pixels: Literal["backbone", "video", "unit"] = "backbone",  # normalised as the backbone expects, by 0.45 and 0.225, or not
                  ) -> None:
         super().__init__()
         self.backbone, self.frames, self.class_loss = backbone, frames, class_loss
-        if pixels != "backbone": backbone.mean.fill_(PIXELS[pixels][0]); backbone.std.fill_(PIXELS[pixels][1])
+        if pixels != "backbone":
+            mean, std = PIXELS[pixels]
+            backbone.mean.fill_(mean)
+            backbone.std.fill_(std)
         self.classifier = nn.Linear(backbone.channels, classes) if classes and class_loss else None
 
     @property
     def clip_frames(self) -> int:
-        "How many frames a clip must have that `embed` takes: T, or more where a method chooses among them."
+        "Return how many frames a clip for `embed` must have: T, or more if the method chooses among them."
         return self.frames
 
     def feature_maps(self, clips: Tensor  # (V, T, 3, H, W) uint8, or floats in 0–1
                      ) -> Tensor:  # (V, T, C, h, w)
-        "Backbone features of every frame, all videos in one pass."
+        "Return the backbone's features of every frame, all videos in one pass."
         if clips.ndim != 5 or clips.shape[2] != 3:
             raise FsarError(f"clips must have shape (V, T, 3, H, W), got {tuple(clips.shape)}")
-        if clips.shape[1] < self.least_frames: raise FsarError(f"{type(self).__name__} needs clips of at least {self.least_frames} frames, got {clips.shape[1]}")
+        if clips.shape[1] < self.least_frames:
+            raise FsarError(f"{type(self).__name__} needs clips of at least {self.least_frames} frames, got {clips.shape[1]}")
         maps = self.backbone(self.backbone.normalise(rearrange(clips, "v t c h w -> (v t) c h w")))
         return rearrange(maps, "(v t) c h w -> v t c h w", t=clips.shape[1])
 
     def embed(self, clips: Tensor  # (V, T, 3, H, W)
               ) -> Embedding:
-        "Everything that is computed per video. Default: spatially averaged frame features `frames` (V, T, C)."
+        "Return everything that is computed per video. Default: spatially averaged frame features `frames` (V, T, C)."
         return Embedding(frames=reduce(self.feature_maps(clips), "v t c h w -> v t c", "mean"))
 
     def adapt(self, support: Embedding, labels: Tensor, query: Embedding) -> tuple[Embedding, Embedding]:
-        "The step of task-adaptive methods between embed and score; others change nothing."
+        "Return support and query as `score` gets them. Only task-adaptive methods change them here."
         return support, query
 
     def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:
-        "Logits `(..., Q, N)` of every query for every class."
+        "Return the logits `(..., Q, N)` of every query for every class."
         raise NotImplementedError(f"{type(self).__name__} does not define score")
 
     def losses(self, episode: EpisodeBatch, support: Embedding, query: Embedding, logits: Tensor  # (Q, N)
                ) -> dict[str, tuple[float, Tensor]]:
-        "Named loss parts with their weights. Default: cross-entropy of the queries, and of the base classes' labels."
+        "Return loss parts as {name: (weight, value)}. Default: cross-entropy of the queries, and of the base classes' labels."
         parts = {"episode": (1.0, F.cross_entropy(logits.float(), episode.query_labels))}
         if self.classifier is not None: parts["class"] = (self.class_loss, self._class_label_loss(episode, support, query))
         return parts
 
     def class_features(self, embedding: Embedding) -> Tensor:
-        "What the class-label loss classifies, `(V, C)`."
+        "Return the features that the class-label loss classifies, `(V, C)`."
         return self.frame_tokens(embedding).mean(1)
 
     def frame_tokens(self, embedding: Embedding) -> Tensor:
-        "One vector per frame, `(V, T, C)`, whose similarities a report draws."
+        "Return one vector per frame, `(V, T, C)`; reports draw their similarities."
         return embedding["frames"]
 
     def forward(self, episode: EpisodeBatch) -> Output:
-        "One episode, from pixels to loss: support and query pass the backbone in one call."
+        "Compute one episode, from pixels to loss. Support and query pass the backbone in one call."
         support, query = widened(self.embed(episode.clips)).split(len(episode.support))
         support, query = map(widened, self.adapt(support, episode.support_labels, query))
         with torch.autocast(episode.clips.device.type, enabled=False):  # matching stays in float32
             logits = self.score(support, episode.support_labels, query, len(episode.class_ids))
             parts = self.losses(episode, support, query, logits)
-        return Output(logits, parts, sum(weight * value for weight, value in parts.values()))
+        loss = sum(weight * value for weight, value in parts.values())
+        assert isinstance(loss, Tensor)                            # there is at least one part
+        return Output(logits, parts, loss)
 
     def _class_label_loss(self, episode: EpisodeBatch, support: Embedding, query: Embedding) -> Tensor:
-        "Cross-entropy of all the episode's videos over the base classes."
+        "Return the cross-entropy of all the episode's videos over the base classes."
+        assert self.classifier is not None
         features = torch.cat([self.class_features(support), self.class_features(query)])
         labels = episode.class_ids[torch.cat([episode.support_labels, episode.query_labels])]
         return F.cross_entropy(self.classifier(features).float(), labels)
 
 # %% ../../nbs/30_model/04_base.ipynb #5808cc6f
 def translated(name: str, layout: Sequence[tuple[str, str]]) -> str | None:
-    "Our name for a name of the authors', by the first pattern that its beginning matches; None when none does."
+    "Return our name for a name of the authors', by the first pattern that matches its beginning; None if no pattern does."
     name = re.sub(r"(^|(?<=\.))module\.", "", name)
     for pattern, replacement in layout:
         if found := re.match(pattern, name): return found.expand(replacement) + name[found.end():]

@@ -218,7 +218,7 @@ def test_other_settings_are_refused_unless_overwritten(made, tmp_path, capsys):
     (tmp_path / "items").mkdir()
     write_json(tmp_path / "items" / "otam.json", read_json(made / "items" / "otam.json"))
     words = ["bench", "--quick", "--items", "otam", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
-    assert cli.main(words) == 2 and re.search(r"otam.json holds a measurement with other settings \(rounds 2 → 1\): choose another --out, or --overwrite", capsys.readouterr().err)
+    assert cli.main(words) == 2 and re.search(r"otam.json holds a measurement with other settings \(rounds 2 → 1\): choose another --out, or start again with --overwrite", capsys.readouterr().err)
     assert not (tmp_path / "metrics.json").exists()
     assert cli.main([*words, "--overwrite"]) == 0 and read_json(tmp_path / "metrics.json")["settings"]["rounds"] == 1
 
@@ -234,7 +234,7 @@ def test_an_item_that_fails_is_told_and_spoils_nothing(tmp_path, capsys, monkeyp
 
 def test_a_measured_item_has_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_benchmark, "measuring", lambda **how: pytest.fail("measured in this process"))
-    monkeypatch.setattr(benchmark, "companion", lambda make, **how: timing.companion(make, **how | {"quick": True}))
+    monkeypatch.setattr(bench_benchmark, "companion", lambda make, **how: timing.companion(make, **how | {"quick": True}))
     found = bench_benchmark.measure_item("otam", {"devices": ["cpu"], "rounds": 1, "quick": False}, tmp_path / "otam.json")
     assert [r["case"] for r in found["rows"]] == ["T = 4", "T = 6"] and read_json(tmp_path / "otam.json") == found
 

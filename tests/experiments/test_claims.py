@@ -109,4 +109,4 @@ def test_the_whole_report_from_a_small_comparison(tmp_path, says_its_origin):
     assert set(metrics["gains"]) == {"TA2N's alignment", "TA2N without its rearrangement", "the sampler before ProtoNet", "sampler and alignment (VIM)"} and set(metrics["dial"]) == {"ta2n", "ta2n-ordered", "ta2n-plain", "sampler-protonet", "protonet", "vim"}
     assert {p.name for p in (tmp_path / "claims" / "figures").iterdir()} == {"misalignment.png", "sampler.png", "order.png"}
     page = (tmp_path / "claims" / "report.html").read_text()
-    assert "What this does not show" in page and "fsar claims --methods" in page and read_json(tmp_path / "claims" / "run.json")["status"] == "finished"
+    assert "What this does not show" in page and "fsar study claims --methods" in page and read_json(tmp_path / "claims" / "run.json")["status"] == "finished"

@@ -336,7 +336,7 @@ def test_ctrl_c_ends_a_cluster_of_our_own_and_it_leaves_nothing_behind(tmp_path)
     home, place = tmp_path / "home", tmp_path / "place"
     for folder in (home, place): folder.mkdir()
     (place / "script.py").write_text(textwrap.dedent(script))
-    paths = [str(Path(cluster.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(cluster.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # some may be set for the cluster above
     environment = {**others, "HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path), "FSAR_TEST": (mark := uuid.uuid4().hex)}
     driver = subprocess.Popen([sys.executable, "script.py"], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -153,7 +153,7 @@ def test_the_whole_report_from_small_settings(report, says_its_origin):
         assert e["own"]["mean"] > e["other"]["mean"]                   # even hardly trained, the same look is recognised
     page = (out / "report.html").read_text()
     assert {p.name for p in (out / "figures").iterdir()} == {"shares.png", "recordings.png", "effect.png"}
-    assert "What this does not show" in page and "fsar groups --methods protonet --seeds 0 --recordings 6 --takes 2 --train-episodes 2 --episodes 60" in page
+    assert "What this does not show" in page and "fsar study recordings --methods protonet --seeds 0 --recordings 6 --takes 2 --train-episodes 2 --episodes 60" in page
     assert read_json(out / "run.json")["status"] == "finished" and "UCF101, test" in page
 
 
@@ -176,5 +176,5 @@ def test_a_run_of_ones_own_is_asked(tmp_path, says_its_origin):
     assert metrics["data"]["recordings"] == 10 and abs(effect["share"] - 2 / 5) < 0.1 and effect["episodes"] == 80
     says_its_origin(metrics, tmp_path / "report", "weights protonet-0")
     assert metrics["hashes"]["weights protonet-0"] == read_json(tmp_path / "told" / "metrics.json")["hashes"]["weights"]
-    assert f"fsar groups --checkpoint {tmp_path / 'told'} --episodes 80" in (tmp_path / "report" / "report.html").read_text()
+    assert f"fsar study recordings --checkpoint {tmp_path / 'told'} --episodes 80" in (tmp_path / "report" / "report.html").read_text()
     with pytest.raises(FsarError, match="every test video of clips is a recording of its own"): recordings.load_checkpoint_run(tmp_path / "not told")
