@@ -162,7 +162,7 @@ class VIMSampler(nn.Module):
         self.learner = TaskLearner(c, lengths) if adaptive else None
         self.fixed: nn.ParameterList | None = None
         if not adaptive: self.fixed = nn.ParameterList(nn.Parameter(F.normalize(torch.randn(n), dim=0)) for n in lengths)
-        self.draws: Tensor                                                               # episodes seen in training: the noise falls with them
+        self.draws: Tensor  # episodes seen in training: the noise falls with them
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
     def scanned(self, frames: Tensor  # (V, M, 3, H, W) normalised
@@ -252,10 +252,12 @@ class SampledModel(FewShotModel):
                  scan_stride: int = 8,  # pixels of the scan for each place of its map: 8, 16 or 32
                  hidden: int = 64) -> None:  # width of the selector's hidden layer
         nn.Module.__init__(self)
-        if isinstance(model, SampledModel): raise FsarError(f"{type(model).__name__} samples already: you cannot put another sampler in front of it")
+        if isinstance(model, SampledModel):
+            raise FsarError(f"{type(model).__name__} samples already: you cannot put another sampler in front of it")
         if not (select or amplify): raise FsarError("the sampler has nothing to do: leave select or amplify on")
         dense = dense or 2 * model.clip_frames
-        if dense < model.clip_frames: raise FsarError(f"the sampler scans dense={dense} frames, but has to choose {model.clip_frames} of them")
+        if dense < model.clip_frames:
+            raise FsarError(f"the sampler scans dense={dense} frames, but has to choose {model.clip_frames} of them")
         self.model = model
         self.sampler = VIMSampler(model.clip_frames, dense, select=select, amplify=amplify, adaptive=adaptive,
                                   samples=samples, sigma=sigma, floor=floor, scan_size=scan_size, scan_stride=scan_stride, hidden=hidden)
@@ -284,7 +286,8 @@ class SampledModel(FewShotModel):
     def adapt(self, support: Embedding, labels: Tensor, query: Embedding) -> tuple[Embedding, Embedding]:
         "Choose and enlarge for this task, then embed supports and queries in one pass through the backbone; return both."
         axis, shots = labels.ndim - 1, labels.shape[-1]
-        videos = Embedding({name: torch.cat([support[name], query[name]], axis) for name in support})   # all videos of an episode side by side
+        # all videos of an episode side by side
+        videos = Embedding({name: torch.cat([support[name], query[name]], axis) for name in support})
         clips, chosen = self.sampler(videos, support["summary"], labels)
         embedded = Embedding(self.model.embed(clips.flatten(0, axis))).map(lambda x: x.unflatten(0, clips.shape[: axis + 1]))
         embedded |= {"clips": clips, "chosen": chosen, "summary": videos["summary"]}

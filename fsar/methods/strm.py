@@ -81,7 +81,8 @@ class FrameEnrichment(nn.Module):
 class QueryClass(nn.Module):
     "Similarity of a query's pairs to the best pairs of a class (paper §3.3)."
 
-    def __init__(self, channels: int, width: int = 1024, *, similarity: Literal["cosine", "euclidean"] = "cosine", trained: bool = True) -> None:
+    def __init__(self, channels: int, width: int = 1024, *, similarity: Literal["cosine", "euclidean"] = "cosine",
+                 trained: bool = True) -> None:
         super().__init__()
         self.similarity = similarity
         weight = nn.Linear(2 * channels, width, bias=False).weight
@@ -101,7 +102,7 @@ class QueryClass(nn.Module):
                 labels: Tensor, ways: int) -> Tensor:  # (..., Q, N)
         "Return M(q, c), the mean over the query's pairs of the best φ among the pairs of class c."
         slots, real = class_slots(labels, ways)
-        z, other = (add_slots(x).relu() for x in (query, support))                                        # (..., Q, P, width), (..., S, P, width)
+        z, other = (add_slots(x).relu() for x in (query, support))  # (..., Q, P, width), (..., S, P, width)
         phi = self.compare(z.flatten(-3, -2), other.flatten(-3, -2))                                      # (..., Q·P, S·P)
         best = reduce(phi, "... a (s p) -> ... s a", "max", s=other.shape[-3])                            # (..., S, Q·P)
         best = by_class(best, slots).masked_fill(~real[..., None], float("-inf")).amax(-2)                # (..., N, Q·P)
@@ -116,10 +117,11 @@ class STRM(FewShotModel):
     "Spatio-temporal relation modelling (Thatipelli et al., CVPR 2022)."
     cost = Cost(embed="T²", score="Q·S·P₂²·2d", learn="Q·S·P₂²·z", constants={"d": 1152, "z": 1024})
     variants = {"paper": {}, "released": RELEASED}
-    released_lacks = (*FewShotModel.released_lacks, r"query_class\.weight")  # W_cls, which the authors' code does not save; nor a class-label classifier
+    released_lacks = (*FewShotModel.released_lacks, r"query_class\.weight")  # W_cls, which the authors' code does not save
     least_frames = 2
 
-    def __init__(self, backbone: Backbone, *, patch: bool = True, frame: bool = True, query_class: bool = True,  # parts that can be left out
+    def __init__(self, backbone: Backbone, *, patch: bool = True, frame: bool = True,  # parts that you can leave out
+                 query_class: bool = True,
                  width: int = 1152,  # of keys and values of the tuple matching
                  position_weight: float = 0.1, dropout: float = 0.1,
                  scale: float = 1.0,  # logits = −scale · distance
@@ -137,7 +139,8 @@ class STRM(FewShotModel):
         self.patch = PatchEnrichment(backbone.channels, scaled=scaled, gate=gate) if patch else None
         self.frame = FrameEnrichment(backbone.channels, self.frames) if frame else None
         self.query_class: QueryClass | None = None
-        if query_class: self.query_class = QueryClass(backbone.channels, query_class_width, similarity=similarity, trained=query_class_trained)
+        if query_class:
+            self.query_class = QueryClass(backbone.channels, query_class_width, similarity=similarity, trained=query_class_trained)
         self.positions = Positions(position_weight, dropout)
         self.heads = nn.ModuleList([TupleAttention(backbone.channels, 2, width)])
         self.scale, self.chunk = scale, chunk
@@ -168,6 +171,7 @@ class STRM(FewShotModel):
 
     def class_similarity(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
         "Return scale · M(q, c)."
+        assert self.query_class is not None
         assert self.query_class is not None
         return self.query_class_scale * self.query_class(query["relation"], support["relation"], labels, ways)
 

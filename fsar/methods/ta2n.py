@@ -146,7 +146,10 @@ class TA2N(FewShotModel):
 
     def embed(self, clips: Tensor  # (V, T, 3, H, W)
               ) -> Embedding:
-        "`frames` (V, T, C), or with spatial coordination `maps` (V, T, C, h, w) and the halves of the offset network; keys and queries of the rearrangement."
+        """Return `frames` (V, T, C), or with spatial coordination `maps` (V, T, C, h, w) and the halves of the offset network.
+
+        With the rearrangement, its keys and queries too.
+        """
         maps, found = self.feature_maps(clips), {}
         if self.transform is not None: maps = self.transform(maps)
         if self.offsets is not None: found |= self.offsets.embed(maps)
@@ -174,7 +177,9 @@ class TA2N(FewShotModel):
         half = query["query_half"]
         moved = half[..., :, None, :, :, :, :] if order is None else torch.einsum("...qstu,...qduhw->...qsdthw", order, half)
         offset = self.offsets(support["support_half"][..., None, :, :, :, :, :] + moved)                              # (..., Q, S, T, 2)
-        return tuple(box_mask(sign * offset, half.shape[-2:], self.box, self.soft, self.perturb if self.training else 0.0) for sign in (1, -1))
+        size, perturb = (half.shape[-2], half.shape[-1]), self.perturb if self.training else 0.0
+        return (box_mask(offset, size, self.box, self.soft, perturb),
+                box_mask(-offset, size, self.box, self.soft, perturb))
 
     def align(self, support: Embedding, query: Embedding) -> tuple[Tensor, Tensor]:  # both broadcast to (..., Q, S, T, C)
         "Frames of every pair that are to be compared one by one: the query's and the support's."
@@ -185,7 +190,7 @@ class TA2N(FewShotModel):
         support_mask, query_mask = self.masks(support, query, order)
         pooled = torch.einsum("...qsthw,...stchw->...qstc", support_mask, support["maps"])
         if order is None: return torch.einsum("...qsthw,...qtchw->...qstc", query_mask, query["maps"]), pooled
-        weights = torch.einsum("...qstu,...qsthw->...qstuhw", order, query_mask)                                      # when and where at once
+        weights = torch.einsum("...qstu,...qsthw->...qstuhw", order, query_mask)  # when and where at once
         return torch.einsum("...qstuhw,...quchw->...qstc", weights, query["maps"]), pooled
 
     def score(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)

@@ -146,7 +146,7 @@ class TupleAttention(nn.Module):
         def squared(q: slice, p: slice) -> Tensor:                                                               # (E, N, Q', P')
             # ‖v − Σ a v‖² = ‖v‖² + ‖Σ a v‖² − 2 v · Σ a v, for the query tuples p of the queries q
             attention = self.attention(key_products[:, :, q], offset, matrix[p], sharp[:, q, p], class_sharp, real)
-            taken = (attention @ matrix).flatten(-2)                                                             # a M: from each slot of the class
+            taken = (attention @ matrix).flatten(-2)                                         # a M: from each slot of the class
             of_query = own[:, None, q, p]
             of_prototype = length(taken.flatten(2, 3)).view(taken.shape[:-1])
             between = (taken * (matrix[p] @ value_products[:, :, q])).sum(-1)
@@ -186,7 +186,8 @@ def parse_cardinalities(text: str  # such as "2,3"
     "Return different numbers from 1 to 4, written with commas between them; raise FsarError for anything else."
     found = sorted(int(part) for part in text.split(",") if re.fullmatch(r"\s*[1-4]\s*", part))
     if len(found) != len(text.split(",")) or len(set(found)) != len(found):
-        raise FsarError(f"option 'cardinalities' of method 'trx' wants different numbers from 1 to 4 with commas between, such as 2,3; got {text!r}")
+        raise FsarError("option 'cardinalities' of method 'trx' wants different numbers from 1 to 4 with commas between, "
+                        f"such as 2,3; got {text!r}")
     return tuple(found)
 
 # %% ../../nbs/40_methods/trx.ipynb #e55d9ff8
