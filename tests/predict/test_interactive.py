@@ -7,7 +7,7 @@ from fsar.core.config import Config
 from fsar.core.basics import FsarError
 from fsar.data.datasets import prepare_data
 from fsar.experiments.protocol import clips_of, table_of
-from fsar.predict.panels import Panel, alignment_picture, explore_alignment, explore_sampler, look, sampler_picture
+from fsar.predict.panels import Panel, alignment_picture, embed_episode, explore_alignment, explore_sampler, sampler_picture
 from fsar.model.registry import create_model
 
 pytest.importorskip("ipywidgets", reason='panels need ipywidgets: pip install "fsar[interactive]"')
@@ -50,14 +50,14 @@ def test_the_dots_of_the_alignment_spread_with_lambda(asked):
     from functools import partial
     from fsar.model.matching import alignment, frame_similarity, otam
     model, clips, table = asked("otam")
-    seen = look(model, clips, table, 0)
-    sim = frame_similarity(model.frame_tokens(seen.query)[:1], model.frame_tokens(seen.support)[:1])[0, 0]
+    episode = embed_episode(model, clips, table, 0)
+    sim = frame_similarity(model.frame_tokens(episode.query)[:1], model.frame_tokens(episode.support)[:1])[0, 0]
     def cells(lam: float) -> float:
         part = alignment(partial(otam, lam=lam), sim).clamp(min=0).flatten()
         part = part / part.sum()
         return float(1 / part.square().sum())  # among how many cells the weight is shared
     assert cells(0.001) < cells(0.1) <= cells(3.0) + 1e-3
-    assert alignment_picture(seen, model, 0, 0, 0.1).axes
+    assert alignment_picture(episode, model, 0, 0, 0.1).axes
 
 
 def test_a_panel_is_a_picture_on_a_page_and_widgets_in_a_live_notebook(asked, monkeypatch):
@@ -69,6 +69,6 @@ def test_a_panel_is_a_picture_on_a_page_and_widgets_in_a_live_notebook(asked, mo
 
 def test_what_is_missing_is_named(asked, monkeypatch):
     model, clips, table = asked("otam")
-    with pytest.raises(FsarError, match="no sampler in front of it.*vim"): sampler_picture(look(model, clips, table, 0), 0, 0)
+    with pytest.raises(FsarError, match="no sampler in front of it.*vim"): sampler_picture(embed_episode(model, clips, table, 0), 0, 0)
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(FsarError, match=r'pip install "fsar\[interactive\]"'): explore_alignment(model, clips, table)

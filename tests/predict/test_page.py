@@ -27,6 +27,7 @@ from fsar.predict.pretrained import Preprocessing, Pretrained
 from fsar.model.registry import create_model
 from fsar.data.motions import render
 from fsar.predict.page import Desk, Limits, check_upload
+from fsar.predict.answers import Prediction
 from fsar.predict.recognizer import FewShotRecognizer, Support
 from fsar.data.video import decode_all, seconds_of, write_video
 
@@ -68,7 +69,7 @@ def known(desk, clips) -> Support:
 @pytest.mark.parametrize("name", ["split", "merge", "roll_left"])
 def test_the_right_label(desk, known, clips, name):
     answer = desk.ask(known, clips / f"{name}_3.mp4")
-    assert answer.prediction.label == name and answer.prediction.video == f"{name}_3.mp4"
+    assert answer.label == name and answer.video == f"{name}_3.mp4"
 
 
 @pytest.mark.parametrize("file, why", [("notes.txt", "not a readable video"), ("notes.mp4", "not a readable video"), ("enormous.mp4", "too large: 2"), ("long.mp4", "too long: "), ("gone.mp4", "choose it again")])
@@ -85,12 +86,12 @@ def test_the_frames_that_a_sampler_picked(known, clips):
     support = Support()
     for name in ("split", "merge"): support = own.learn(support, name, [clips / f"{name}_{k}.mp4" for k in range(2)])
     answer = own.ask(support, clips / "split_3.mp4")
-    query, nearest = answer.picked
-    assert all(len(p) == 4 and p == sorted(set(p)) and set(p) <= set(range(8)) for p in answer.picked)
-    with evaluation.testing(model): _, adapted = model.adapt(support.embedding, torch.tensor([0, 0, 1, 1]), model.embed(answer.prediction.pictures[0][None]))
+    query, nearest = answer.chosen
+    assert all(len(p) == 4 and p == sorted(set(p)) and set(p) <= set(range(8)) for p in answer.chosen)
+    with evaluation.testing(model): _, adapted = model.adapt(support.embedding, torch.tensor([0, 0, 1, 1]), model.embed(answer.pictures[0][None]))
     assert adapted["chosen"][0].argmax(-1).tolist() == query
-    faint, plain = page.strip_of(answer.prediction.pictures[0], query), page.strip_of(answer.prediction.pictures[0])
-    side = answer.prediction.pictures[0].shape[-1]
+    faint, plain = page.strip_of(answer.pictures[0], query), page.strip_of(answer.pictures[0])
+    side = answer.pictures[0].shape[-1]
     pitch = side + (plain.shape[1] - 8 * side) // 7  # with the gap between two frames
     for k in range(8):
         middle = np.s_[8:-8, k * pitch + 8:k * pitch + side - 8]
@@ -122,7 +123,7 @@ def test_a_phone_held_upright(desk, clips, tmp_path):
     seen, info = decode_all(upright)
     assert info.rotation == 90 and np.abs(seen.astype(int) - frames).mean() < 5
     assert np.abs(decode_all(lying)[0].astype(int) - frames).mean() > 5
-    ask = lambda path: desk.ask(desk.learn(Support(), "roll_left", [clips / "roll_left_0.mp4"]), path).prediction
+    def ask(path: Path) -> Prediction: return desk.ask(desk.learn(Support(), "roll_left", [clips / "roll_left_0.mp4"]), path)
     plain, phone = ask(clips / "roll_left_3.mp4"), ask(upright)
     assert np.abs(plain.similarity - phone.similarity).max() < 0.05 < np.abs(plain.similarity - ask(lying).similarity).max()
 
@@ -136,7 +137,7 @@ def test_hevc(desk, known, clips, tmp_path):
         stream.height, stream.width, stream.pix_fmt = *render("merge", 3).shape[1:3], "yuv420p"
         for frame in render("merge", 3): container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    assert desk.ask(known, path).prediction.label == "merge"
+    assert desk.ask(known, path).label == "merge"
 
 
 @pytest.mark.parametrize("fps, copies", [(12, 1), (30, 3)])
@@ -182,7 +183,7 @@ def post(url: str, name: str, content: bytes) -> tuple[int, bytes]:
 @pytest.mark.parametrize("name", ["../../evil.mp4", "../" * 12 + "tmp/evil.mp4", "/tmp/evil.mp4", "..\\\\..\\\\evil.mp4", "%2e%2e%2fevil.mp4", ".."])
 def test_no_name_leads_out_of_the_folder(site, clips, name):
     url, room = site
-    around = lambda: {p for folder in (room.parent, Path.cwd()) for p in folder.glob("*evil*")}
+    def around() -> set[Path]: return {p for folder in (room.parent, Path.cwd()) for p in folder.glob("*evil*")}
     before = around()
     code, answer = post(url, name, (clips / "split_0.mp4").read_bytes())
     assert around() == before

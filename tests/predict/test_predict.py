@@ -212,7 +212,7 @@ def test_words_read_from_lips(trained, shared_dir):
     if not words.is_dir() or not weights.is_file(): pytest.skip("the word clips or the ImageNet weights are not at hand (../shared/realdata)")
     free = FewShotRecognizer(Pretrained(create_model("protonet", backbone="mobilenet_v2", weights=str(weights)).eval(), Preprocessing(72, 72)), "cpu")
     names, right, asked = sorted(p.name for p in words.iterdir() if p.name.startswith(("adverb_", "color_"))), {}, 0
-    source = lambda file: file.name.split("_")[0]
+    def source(file: Path) -> str: return file.name.split("_")[0]
     for five in (names[:5], names[3:]):
         files = {name: list({source(f): f for f in sorted((words / name).glob("*.mp4"))}.values()) for name in five}  # one clip of a video
         seen = {source(f) for name in five for f in files[name][:5]}
@@ -276,7 +276,7 @@ def test_a_trial_is_the_episode_without_its_last_class(method, sampler, tiny_sto
     from fsar.data.episodes import EpisodeSampler
     sampler_, rows = EpisodeSampler(tiny_store, "val", ways=4, shots=(1, 3), queries=2, seed=4), tiny_store.split("val")
     embedding = embed_videos(known.model, VideoClips(tiny_store, rows, frames=known.model.clip_frames, transform=TestTransform(32)), progress=False)
-    take = lambda wanted: {k: x[np.searchsorted(rows, wanted)] for k, x in embedding.items()}
+    def take(wanted: np.ndarray): return embedding.rows(torch.from_numpy(np.searchsorted(rows, wanted)))
     for e in range(3):
         episode = sampler_(e)
         kept = episode.support_labels < 3
@@ -312,7 +312,7 @@ def test_a_calibration_decides_is_kept_and_travels(clips, tmp_path):
     plain = known(array(0))
     best, c = float(known.logits(known.embed([array(0)])[0]).max()), fit_calibration(trials())
     for threshold, none in ((best - 1e-3, False), (best + 1e-3, True)):
-        known._calibrate(replace(c, temperature=0.5, threshold=threshold))
+        known._set_calibration(replace(c, temperature=0.5, threshold=threshold))
         p = known(array(0))
         assert p.none == none and p.calibrated and p.label == plain.label and ("none of these" in repr(p)) == none and ("none of these" in p._repr_html_()) == none and p.to_dict()["none"] == none
         sharper = {k: v ** 2 for k, v in plain.probabilities.items()}
@@ -347,7 +347,7 @@ def test_a_file_of_what_was_learned_is_checked(clips, tmp_path):
     with safe_open(path, "pt") as f: about = f.metadata()
     tensors = load_file(path)
     def alter(**tensors_): save_file(tensors_, path, about); return message(known.load_support, path)
-    assert "have not the shapes" in alter(frames=tensors["frames"][:, :2].contiguous()) and "have not the shapes" in alter(other=tensors["frames"]) and "is damaged" in alter(frames=tensors["frames"][:1])
+    assert "do not have the shapes" in alter(frames=tensors["frames"][:, :2].contiguous()) and "do not have the shapes" in alter(other=tensors["frames"]) and "is damaged" in alter(frames=tensors["frames"][:1])
     for content in (b"", whole[:200], pickle.dumps({"a": 1}), whole[:-7]):
         path.write_bytes(content)
         assert f"{path} is not what save_support writes, or is damaged" in message(known.load_support, path)
