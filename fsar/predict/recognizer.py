@@ -395,11 +395,10 @@ class Comparison:
 # %% ../../nbs/80_predict/05_recognizer.ipynb #b5d5adb4
 def matcher_of(model: FewShotModel) -> Matcher:
     "Return the matcher by which a model compares frames, or Bi-MHM if it has none."
-    inner = getattr(model, "model", model)  # the method behind a sampler
-    for name in ("matcher", "match"):
-        matcher = getattr(inner, name, None)
-        if callable(matcher): return matcher
-    return bimhm
+    method = getattr(model, "model", model)  # the method behind a sampler
+    matching = getattr(method, "matching", method)  # MoLo and HyRSM have their matcher in a part
+    matcher = getattr(matching, "matcher", None)
+    return matcher if callable(matcher) else bimhm
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
