@@ -58,8 +58,8 @@ def _strip(ax: Axes, clip: Tensor,  # (T, 3, H, W) bytes or floats in 0–1
            down: bool = False) -> None:
     "Draw the frames of a clip along one edge of a matrix: one frame for each cell."
     frames, end = list(clip.permute(0, 2, 3, 1).cpu()), len(clip) - 0.5
-    if down: ax.imshow(torch.cat(frames, 0), extent=(0, 1, end, -0.5), aspect="auto")
-    else: ax.imshow(torch.cat(frames, 1), extent=(-0.5, end, 0, 1), aspect="auto")
+    if down: ax.imshow(torch.cat(frames, 0).numpy(), extent=(0, 1, end, -0.5), aspect="auto")
+    else: ax.imshow(torch.cat(frames, 1).numpy(), extent=(-0.5, end, 0, 1), aspect="auto")
     ax.axis("off")
 
 # %% ../../nbs/80_predict/07_panels.ipynb #33f2b31b
@@ -118,7 +118,7 @@ def _frame(ax: Axes, frame: Tensor,  # (3, H, W)
            title: str) -> None:
     "Draw a frame."
     white = 255 if frame.dtype == torch.uint8 else 1
-    ax.imshow(frame.permute(1, 2, 0).clamp(0, white))
+    ax.imshow(frame.permute(1, 2, 0).clamp(0, white).numpy())
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 
