@@ -62,7 +62,7 @@ class FewShotModel(nn.Module):
             mean, std = PIXELS[pixels]
             backbone.mean.fill_(mean)
             backbone.std.fill_(std)
-        self.classifier = nn.Linear(backbone.channels, classes) if classes and class_loss else None
+        self.classifier: nn.Module | None = nn.Linear(backbone.channels, classes) if classes and class_loss else None
 
     @property
     def clip_frames(self) -> int:
