@@ -433,7 +433,7 @@ def test_the_command_answers_learns_and_draws(examples, tmp_path):
     told = run(tmp_path / "split.mp4", tmp_path / "roll_left.mp4", "--support", examples, "--save", tmp_path / "learned.safetensors", "--picture", tmp_path / "why.png")
     assert [p["label"] for p in told["predictions"]] == ["split", "roll_left"] and told["classes"] == {"roll_left": 2, "split": 2} and told["calibrated"]
     words = cli_predict.Predict(support="").words(told)
-    assert words.splitlines()[0].split() == ["video", "answer", "probability", "nearest", "example"] and f"picture: {tmp_path / 'why.png'}" in words and "2 classes by 4 examples" in words
+    assert words.splitlines()[0].split() == ["video", "answer", "probability", "nearest", "example"] and f"picture: {tmp_path / 'why.png'}" in words and "2 classes from 4 examples" in words
     assert (tmp_path / "why.png").read_bytes()[1:4] == b"PNG"
     again = run(tmp_path / "split.mp4", "--support", tmp_path / "learned.safetensors")
     assert again["predictions"][0]["probabilities"] == pytest.approx(told["predictions"][0]["probabilities"], abs=1e-5)
@@ -459,7 +459,7 @@ def test_the_command_takes_long_videos_and_calibrates(examples, tiny_motions, tm
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--support", "examples"], "name the videos to ask about"), (["split.mp4", "--support", "exmples"], "no such file: exmples"), (["split.mp4"], "--support"), (["split.mp4", "--support", "examples", "--model", "molo-motion"], "Did you mean 'molo-motions-mini'?"),
+    (["--support", "examples"], "name the videos to recognise"), (["split.mp4", "--support", "exmples"], "no such file: exmples"), (["split.mp4"], "--support"), (["split.mp4", "--support", "examples", "--model", "molo-motion"], "Did you mean 'molo-motions-mini'?"),
     (["split.mp4", "--support", "examples", "--picture", "why.jpg"], "--picture writes a .png file"), (["split.mp4", "--support", "examples", "--save", "a.pt"], "--save writes a .safetensors file"), (["split.mp4", "--support", "examples", "--picture", "there.png"], "there.png exists"),
     (["split.mp4", "--support", "examples", "--windows", "-1"], "from 0 up"), (["split.mp4", "roll_left.mp4", "--support", "examples", "--windows", "1", "--picture", "t.png"], "timeline of one video"), (["split.mp4"] * 21 + ["--support", "examples", "--picture", "t.png"], "up to 20 videos"),
     (["nothing.mp4", "--support", "examples"], "nothing.mp4: no such file"), (["split.mp4", "--support", "examples", "--device", "gpu"], "device 'gpu' is not available here"), (["split.mp4", "--support", "examples", "--size", "100"], "larger than the stored frames"),
