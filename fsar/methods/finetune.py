@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from ..backbones.base import Backbone
 from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
-from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.base import METHODS, FewShotModel
 from ..model.cost import Cost
 from ..model.blocks import class_mean
+from ..model.embedding import Embedding
 
 Head = dict[str, Tensor]  # what is fitted, by name, each with the episode axes in front
 

@@ -111,7 +111,7 @@ def _one_way(dist: Tensor,  # (..., Tq, Ts)
 def otam(sim: Tensor,  # (..., Tq, Ts)
          lam: float = 0.1,  # λ, temperature of the soft minimum
          ) -> Tensor:  # (...)
-    "Return the OTAM distance, the sum of both directions: a soft alignment in the order of time with free ends (Cao et al., CVPR 2020, §3.3)."
+    "Return the OTAM distance, both directions added: soft alignment in the order of time, with free ends (Cao et al., CVPR 2020, §3.3)."
     dist = 1 - _full(sim)
     if dist.shape[-1] == dist.shape[-2]:                           # both directions in one sweep
         return _one_way(torch.stack([dist, dist.mT]), lam).sum(0)
