@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export FSAR_CACHE ?= $(CURDIR)/.cache/fsar
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-exports lint test-notebooks test-python browser notebooks readme docs install clean
+.PHONY: help demo test check-exports lint test-notebooks test-python browser notebooks templates readme docs install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -47,6 +47,9 @@ browser:
 
 notebooks: $(STAMP)  ## run the library's notebooks in place, so that their pictures are fresh
 	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*/*.ipynb nbs/tutorials/*.ipynb && $(BIN)/nbdev-clean
+
+templates: $(STAMP)  ## write the parameter cells of the templates from Config
+	@$(BIN)/python tests/templates.py --write
 
 readme: $(STAMP)  ## fill in the table of nbs/index.ipynb from the reports and make README.md of it
 	@$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/index.ipynb && $(BIN)/nbdev-clean --fname nbs/index.ipynb

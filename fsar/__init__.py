@@ -1,7 +1,8 @@
 """Few-shot action recognition from video.
 
-The names in `__all__` are the public interface: they keep their meaning from one minor version to the next. Everything below `fsar.<wing>` is internal until
-version 1.0 and may move. A name is imported when it is first used, so that `import fsar` is fast and does not load torch.
+The names in `__all__` are the public interface: they keep their meaning from one minor version to the next.
+Everything below `fsar.<wing>` is internal until version 1.0 and may move.
+A name is imported when it is first used, so that `import fsar` is fast and does not load torch.
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

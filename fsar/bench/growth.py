@@ -35,7 +35,7 @@ from .timing import in_turns, peak_memory
 from ..core.basics import FsarError, nearest, torch_seed, track
 from ..data.episodes import EpisodeBatch, EpisodeTable
 from ..engine.evaluation import embed_videos, predict_episodes
-from ..model.base import METHODS, FewShotModel, widened
+from ..model.base import METHODS, FewShotModel
 from ..model.cost import Task, Terms
 from ..model.counting import FAKE, episode, noise
 from ..model.embedding import Embedding
@@ -153,8 +153,8 @@ def subject(method: str, frames: int, *, backbone: str = "resnet_micro", size: i
     model = create_model(method, backbone=backbone, frames=frames, classes=classes)
     clip = noise((1, model.clip_frames, 3, size, size), torch.uint8)
     with torch.no_grad():
-        test = widened(model.eval().embed(clip))
-        training = widened(model.train().embed(clip))
+        test = Embedding(model.eval().embed(clip)).float32()
+        training = Embedding(model.train().embed(clip)).float32()
     return Subject(model, size, test, training)
 
 # %% ../../nbs/90_bench/03_growth.ipynb #1d10c6ad
@@ -165,7 +165,7 @@ def scoring(one: Subject, task: Task, device: torch.device | str = "cpu", fake: 
     if not fake: support, labels, query = _moved(support, device), labels.to(device), _moved(query, device)
     def call() -> Tensor:
         with torch.no_grad():
-            shown, asked = map(widened, model.adapt(support, labels, query))
+            shown, asked = (Embedding(found).float32() for found in model.adapt(support, labels, query))
             return model.score(shown, labels, asked, task.ways)
     return call
 
@@ -186,7 +186,8 @@ def learning(one: Subject, task: Task, device: torch.device | str = "cpu", fake:
     batch = noise_batch(model, task, one.size, fake)
     if not fake: support, query, batch = _moved(support, device), _moved(query, device), batch.to(device)
     def call() -> Tensor:
-        shown, asked = map(widened, model.adapt(_leaves(support), batch.support_labels, _leaves(query)))
+        adapted = model.adapt(_leaves(support), batch.support_labels, _leaves(query))
+        shown, asked = (Embedding(found).float32() for found in adapted)
         logits = model.score(shown, batch.support_labels, asked, task.ways)
         parts = model.losses(batch, shown, asked, logits)
         loss: Any = sum(weight * value for weight, value in parts.values())

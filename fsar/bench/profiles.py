@@ -373,7 +373,8 @@ def trx_model(task: Task, channels: int) -> TRX:
     "Return a TRX whose heads take frame features of `channels` numbers."
     model = create_model("trx", backbone="resnet_micro", frames=task.frames)
     assert isinstance(model, TRX)
-    with torch_seed(0): model.heads = nn.ModuleList(TupleAttention(channels, head.cardinality) for head in _heads(model))
+    with torch_seed(0): heads = nn.ModuleList(TupleAttention(channels, head.cardinality) for head in _heads(model))
+    setattr(model, "heads", heads)  # noqa: B010  its annotation is the type of the parts
     return model
 
 def _heads(model: TRX) -> list[TupleAttention]: return [head for head in model.heads if isinstance(head, TupleAttention)]

@@ -23,7 +23,7 @@ from ..model.base import METHODS, SAMPLERS, FewShotModel
 from ..model.counting import amount, count_verb, embedded, episode, like
 from ..model.embedding import Embedding
 from ..model.registry import create_model
-from ..reports.figures import ACCENT, INK, method_name
+from ..reports.figures import ACCENT, INK, PALE, method_name
 from ..reports.notebooks import REPORTS, Report, make_report, setting
 
 # %% ../../nbs/90_bench/02_sizes.ipynb #00d723f7
@@ -116,7 +116,7 @@ def size_figure(metrics: Mapping[str, Any]) -> Figure:
 
 def _draw_parameters(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     names, millions = [row["name"] for row in rows], [row["parameters"] / 1e6 for row in rows]
-    bars = ax.barh(names, millions, height=0.55, color="#c9dcea", edgecolor=INK, linewidth=0.8)
+    bars = ax.barh(names, millions, height=0.55, color=PALE, edgecolor=INK, linewidth=0.8)
     ax.bar_label(bars, [amount(row["parameters"]) for row in rows], padding=3, fontsize=8)
     ax.set(xlabel="parameters, millions")
     ax.margins(x=0.18)

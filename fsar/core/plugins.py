@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .basics import FsarError, Registry
+from .basics import Entry, FsarError, Registry
 
 # %% ../../nbs/00_core/06_plugins.ipynb #66b39427
 @functools.lru_cache
@@ -123,10 +123,10 @@ class OpenRegistry(Registry[T]):
         "Return the entry of that name, or `default` if there is none."
         return self[name] if name in self else default
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         "Decorator: store the decorated object under `name`; raise FsarError if the name is taken, also by a built-in."
         add = Registry.register(self, name)
-        def register_after_ours(entry: T) -> T:
+        def register_after_ours(entry: Entry) -> Entry:
             if not str(getattr(entry, "__module__", "")).startswith(self.own): self._import_own()
             return add(entry)
         return register_after_ours

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core.basics import FsarError, generator, nearest
 from ..core.files import atomic_path, writing
-from .pictures import INK
+from .pictures import ACCENT, INK
 from .splits import SPLITS, python_strings, some_of
 from .store import Store
 from .video import spread
@@ -390,7 +390,7 @@ def _data_uri(jpeg: bytes, height: int) -> str:
 # %% ../../nbs/10_data/12_sheets.ipynb #7013b48b
 STYLE = """
 :root {color-scheme: light dark}
-:root {--ink: #222; --paper: #fff; --muted: #6a6a6a; --rule: #ddd; --link: #0173b2; --well: #ececec}
+:root {--ink: #222; --paper: #fff; --muted: #6a6a6a; --rule: #ddd; --link: BLUE; --well: #ececec}
 @media (prefers-color-scheme: dark) {
   :root {--ink: #e6e6e6; --paper: #17191c; --muted: #9b9b9b; --rule: #3a3d41; --link: #7cc0ee; --well: #0c0d0f}
 }
@@ -432,7 +432,7 @@ body:has(#strips:checked) .reel img {height: auto; flex: 0 1 calc(100% / var(--m
 table {border-collapse: collapse; font-size: .85rem}
 th, td {text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--rule); vertical-align: top}
 th, td {overflow-wrap: anywhere}
-"""
+""".replace("BLUE", ACCENT)
 
 # %% ../../nbs/10_data/12_sheets.ipynb #0207a3f4
 PAGE = """<!DOCTYPE html>

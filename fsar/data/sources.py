@@ -79,7 +79,8 @@ UCF101 = Origin(
         ("all in one folder", ("v_ApplyEyeMakeup_g01_c01.avi", "v_Archery_g01_c01.avi"))),
     copies=(("the videos as one .zip of 6.96 GB, kept for THUMOS 2014 and used by TensorFlow Datasets",
              "https://storage.googleapis.com/thumos14_files/UCF101_videos.zip"),
-            ("OpenXLab's copy (OpenDataLab/UCF101), through MMAction2", "https://github.com/open-mmlab/mmaction2/tree/main/tools/data/ucf101")),
+            ("OpenXLab's copy (OpenDataLab/UCF101), through MMAction2",
+             "https://github.com/open-mmlab/mmaction2/tree/main/tools/data/ucf101")),
     notes=("A .rar needs unrar, 7z or bsdtar on your machine; the .zip needs nothing.",
            "Users report trouble with the certificate of the official host. `wget --no-check-certificate` ignores it, "
            "but then nothing proves that the file comes from that host.",

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from ..backbones.base import Backbone
 from ..core.basics import FsarError
 from ..data.episodes import EpisodeBatch
-from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.base import METHODS, FewShotModel
 from ..model.cost import Cost
 from ..model.blocks import class_mean
+from ..model.embedding import Embedding
 
 Head = dict[str, Tensor]  # what is fitted, by name, each with the episode axes in front
 
@@ -145,8 +146,8 @@ class Finetune(FewShotModel):
         if steps < 0: raise FsarError(f"option 'steps' of method 'finetune' must be at least 0, got {steps}")
         if stretches < 1: raise FsarError(f"option 'stretches' of method 'finetune' must be at least 1, got {stretches}")
         self.head, self.tune, self.scale, self.stretches = head, tune, scale, stretches
-        self.fitting = dict(steps=steps, rate=rate, momentum=momentum, decay=decay, scale=scale)
-        if self.classifier is not None:
+        self.fitting: dict[str, Any] = dict(steps=steps, rate=rate, momentum=momentum, decay=decay, scale=scale)
+        if isinstance(self.classifier, nn.Linear):
             sizes = stretches * backbone.channels, self.classifier.out_features
             self.classifier = CosineClassifier(*sizes, scale) if head == "cosine" else nn.Linear(*sizes)
 

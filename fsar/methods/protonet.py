@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backbones.base import Backbone
-from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.base import METHODS, FewShotModel
 from ..model.cost import Cost
 from ..model.blocks import class_mean
+from ..model.embedding import Embedding
 
 # %% ../../nbs/40_methods/protonet.ipynb #f1ed1e98
 @METHODS.register("protonet")

@@ -7,7 +7,8 @@ __all__ = ['RELEASED', 'STRM_LAYOUT', 'linear', 'frame_patches', 'PatchEnrichmen
            'mlp_names']
 
 # %% ../../nbs/40_methods/strm.ipynb #e41e8691
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange, reduce
@@ -142,7 +143,7 @@ class STRM(FewShotModel):
         if query_class:
             self.query_class = QueryClass(backbone.channels, query_class_width, similarity=similarity, trained=query_class_trained)
         self.positions = Positions(position_weight, dropout)
-        self.heads = nn.ModuleList([TupleAttention(backbone.channels, 2, width)])
+        self.heads = cast(Sequence[TupleAttention], nn.ModuleList([TupleAttention(backbone.channels, 2, width)]))
         self.scale, self.chunk = scale, chunk
         self.query_class_weight, self.query_class_scale = query_class_weight, query_class_scale
         self.query_class_at_test = query_class_at_test
@@ -171,7 +172,6 @@ class STRM(FewShotModel):
 
     def class_similarity(self, support: Embedding, labels: Tensor, query: Embedding, ways: int) -> Tensor:  # (..., Q, N)
         "Return scale · M(q, c)."
-        assert self.query_class is not None
         assert self.query_class is not None
         return self.query_class_scale * self.query_class(query["relation"], support["relation"], labels, ways)
 

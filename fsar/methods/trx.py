@@ -8,8 +8,8 @@ __all__ = ['RESNET_LAYOUT', 'HEADS_LAYOUT', 'tuple_index', 'project_slots', 'add
 
 # %% ../../nbs/40_methods/trx.ipynb #1173e6bd
 import functools, re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -209,7 +209,8 @@ class TRX(FewShotModel):
         self.scale, self.loss_sum, self.chunk = scale, loss_sum, chunk
         self.least_frames = max(sizes)
         self.positions = Positions(position_weight, dropout)
-        self.heads = nn.ModuleList(TupleAttention(backbone.channels, n, width) for n in sizes)
+        heads = [TupleAttention(backbone.channels, size, width) for size in sizes]
+        self.heads = cast(Sequence[TupleAttention], nn.ModuleList(heads))
 
     def embed(self, clips: Tensor) -> Embedding:
         "Return frame features `frames` (V, T, C) and, for every cardinality, their projections."

@@ -16,9 +16,10 @@ from ..backbones.base import Backbone
 from ..data.episodes import EpisodeBatch
 from .sampler import SampledModel
 from .ta2n import TA2N
-from ..model.base import METHODS, Embedding, FewShotModel
+from ..model.base import METHODS, FewShotModel
 from ..model.cost import Cost
 from ..model.blocks import class_to_query
+from ..model.embedding import Embedding
 from ..model.registry import take_keywords
 
 # %% ../../nbs/40_methods/vim.ipynb #7c850f97

@@ -130,18 +130,36 @@ def straight_ways(a: Place, b: Place) -> list[Way]:
 
 # %% ../../nbs/30_model/05_diagram.ipynb #84f61ecc
 def bent_ways(a: Place, b: Place, gap: tuple[float, float]) -> list[Way]:
-    "Return lines from a to b with one or two bends."
-    down = a.y < b.y
-    late, early = b.left - gap[0] / 2, a.right + gap[0] / 2
-    side = max(a.right, b.right) + gap[0] / 2
-    above, below = min(a.top, b.top) - gap[1] / 2, max(a.bottom, b.bottom) + gap[1] / 2
-    return [[(a.right, a.y), (late, a.y), (late, b.y), (b.left, b.y)],
-            [(a.right, a.y), (early, a.y), (early, b.y), (b.left, b.y)],
-            [(a.right, a.y), (b.x, a.y), (b.x, b.top if down else b.bottom)],
-            [(a.x, a.bottom if down else a.top), (a.x, b.y), (b.left, b.y)],
-            [(a.right, a.y), (side, a.y), (side, b.y), (b.right, b.y)],
-            [(a.x, a.top), (a.x, above), (b.x, above), (b.x, b.top)],
-            [(a.x, a.bottom), (a.x, below), (b.x, below), (b.x, b.bottom)]]
+    "Return lines from a to b with one or two bends, in the order in which we prefer them."
+    across, down = gap
+    between = [_through_gap(a, b, x) for x in (b.left - across / 2, a.right + across / 2)]
+    return [*between, *_one_bend(a, b), _around_right(a, b, across), _around_top(a, b, down), _around_bottom(a, b, down)]
+
+def _through_gap(a: Place, b: Place, x: float) -> Way:
+    "Return the line that leaves a to the right, changes height at x and enters b from the left."
+    return [(a.right, a.y), (x, a.y), (x, b.y), (b.left, b.y)]
+
+def _one_bend(a: Place, b: Place) -> list[Way]:
+    "Return the two lines with one bend: first across, or first down or up."
+    leave, enter = (a.bottom, b.top) if a.y < b.y else (a.top, b.bottom)
+    return [[(a.right, a.y), (b.x, a.y), (b.x, enter)],
+            [(a.x, leave), (a.x, b.y), (b.left, b.y)]]
+
+# %% ../../nbs/30_model/05_diagram.ipynb #7ec2ede7
+def _around_right(a: Place, b: Place, gap: float) -> Way:
+    "Return the line to the right of both boxes."
+    x = max(a.right, b.right) + gap / 2
+    return [(a.right, a.y), (x, a.y), (x, b.y), (b.right, b.y)]
+
+def _around_top(a: Place, b: Place, gap: float) -> Way:
+    "Return the line above both boxes."
+    y = min(a.top, b.top) - gap / 2
+    return [(a.x, a.top), (a.x, y), (b.x, y), (b.x, b.top)]
+
+def _around_bottom(a: Place, b: Place, gap: float) -> Way:
+    "Return the line below both boxes."
+    y = max(a.bottom, b.bottom) + gap / 2
+    return [(a.x, a.bottom), (a.x, y), (b.x, y), (b.x, b.bottom)]
 
 # %% ../../nbs/30_model/05_diagram.ipynb #e079f202
 def crosses(way: Way, place: Place) -> bool:

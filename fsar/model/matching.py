@@ -25,7 +25,7 @@ def frame_similarity(query: Tensor,  # (..., Q, Tq, C)
                      support: Tensor,  # (..., S, Ts, C)
                      eps: float = 0.0,  # added to |x||y|; released code: 0.01
                      ) -> Tensor:  # (..., Q, S, Tq, Ts)
-    "Cosine similarity of all pairs of frames, in float32 or better."
+    "Return the cosine similarity of all pairs of frames, in float32 or better."
     q = rearrange(_full(query), "... q t c -> ... (q t) c")
     s = rearrange(_full(support), "... s t c -> ... (s t) c")
     with torch.autocast(q.device.type, enabled=False):  # a matmul in bfloat16 would undo the line above
@@ -34,21 +34,21 @@ def frame_similarity(query: Tensor,  # (..., Q, Tq, C)
     return rearrange(sim, "... (q t) (s u) -> ... q s t u", t=query.shape[-2], u=support.shape[-2])
 
 def _full(x: Tensor) -> Tensor:
-    "Half precision widened to float32; float32 and float64 as they are."
+    "Return half precision as float32, and float32 and float64 unchanged."
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../../nbs/30_model/00_matching.ipynb #5782a47d
 @MATCHERS.register("mean")
 def mean(sim: Tensor,  # (..., Tq, Ts) frame similarities
          ) -> Tensor:  # (...) distances
-    "One minus the mean similarity over all pairs of frames: no order at all."
+    "Return one minus the mean similarity of all pairs of frames, which ignores their order."
     return 1 - _full(sim).mean((-2, -1))
 
 # %% ../../nbs/30_model/00_matching.ipynb #e3bf710c
 @MATCHERS.register("diagonal")
 def diagonal(sim: Tensor,  # (..., Tq, Ts)
              ) -> Tensor:  # (...)
-    "Mean distance of frame t to frame t; with unequal lengths both are read at max(Tq, Ts) evenly spread places."
+    "Return the mean distance of frame t to frame t; clips of unequal length are both read at max(Tq, Ts) evenly spread frames."
     sim, (tq, ts) = _full(sim), sim.shape[-2:]
     steps = torch.arange(max(tq, ts), device=sim.device)
     return 1 - sim[..., steps * tq // len(steps), steps * ts // len(steps)].mean(-1)
@@ -56,9 +56,9 @@ def diagonal(sim: Tensor,  # (..., Tq, Ts)
 # %% ../../nbs/30_model/00_matching.ipynb #31c931f5
 @MATCHERS.register("bimhm")
 def bimhm(sim: Tensor,  # (..., Tq, Ts)
-          sums: bool = False,  # sums in place of means, as released code has it
+          sums: bool = False,  # sums instead of means, as in released code
           ) -> Tensor:  # (...)
-    "Bidirectional mean Hausdorff distance: every frame to its best match on the other side (Wang et al., CVPR 2022)."
+    "Return the bidirectional mean Hausdorff distance: every frame to its best match on the other side (Wang et al., CVPR 2022)."
     dist = 1 - _full(sim)
     reduce = torch.sum if sums else torch.mean
     return reduce(dist.amin(-1), -1) + reduce(dist.amin(-2), -1)
@@ -67,17 +67,17 @@ def bimhm(sim: Tensor,  # (..., Tq, Ts)
 @MATCHERS.register("chamfer")
 def chamfer(sim: Tensor,  # (..., Tq, Ts)
             ) -> Tensor:  # (...)
-    "Chamfer distance, both directions averaged: half of Bi-MHM."
+    "Return the Chamfer distance, the mean of both directions: half of Bi-MHM."
     return bimhm(sim) / 2
 
 @MATCHERS.register("chamfer_query")
 def chamfer_query(sim: Tensor) -> Tensor:
-    "Mean over query frames of the distance to their best support frame."
+    "Return the mean over query frames of the distance to their best support frame."
     return (1 - _full(sim)).amin(-1).mean(-1)
 
 @MATCHERS.register("chamfer_support")
 def chamfer_support(sim: Tensor) -> Tensor:
-    "Mean over support frames of the distance to their best query frame."
+    "Return the mean over support frames of the distance to their best query frame."
     return (1 - _full(sim)).amin(-2).mean(-1)
 
 # %% ../../nbs/30_model/00_matching.ipynb #c8bf15f9
@@ -85,7 +85,7 @@ LOG2 = math.log(2)
 
 def _first_column(x: Tensor  # (..., T) first column of −d/λ
                   ) -> Tensor:
-    "u[0] = x[0]; u[l] = x[l] + logaddexp(log 2, u[l−1]), as a running logsumexp over where the path entered."
+    "Return u with u[0] = x[0] and u[l] = x[l] + logaddexp(log 2, u[l−1]), as a running logsumexp over the row where the path enters."
     total = x.cumsum(-1)                                           # entering at row k costs x[k] + … + x[l]
     before = F.pad(total[..., :-1], (1, 0))
     entry = torch.full_like(x, LOG2)
@@ -95,7 +95,7 @@ def _first_column(x: Tensor  # (..., T) first column of −d/λ
 # %% ../../nbs/30_model/00_matching.ipynb #3b95b29e
 def _one_way(dist: Tensor,  # (..., Tq, Ts)
              lam: float) -> Tensor:
-    "OTAM in one direction: a sweep over the columns, all leading dimensions at once."
+    "Return OTAM in one direction, by a sweep over the columns for all leading dimensions at once."
     x = -dist / lam
     if x.shape[-2] == 1: return dist.sum((-2, -1))                 # a single row: its cumulative sum
     columns = x.unbind(-1)
@@ -111,7 +111,7 @@ def _one_way(dist: Tensor,  # (..., Tq, Ts)
 def otam(sim: Tensor,  # (..., Tq, Ts)
          lam: float = 0.1,  # λ, temperature of the soft minimum
          ) -> Tensor:  # (...)
-    "OTAM distance, both directions added: soft alignment that keeps time's order, ends free (Cao et al., CVPR 2020, §3.3)."
+    "Return the OTAM distance, both directions added: soft alignment in the order of time, with free ends (Cao et al., CVPR 2020, §3.3)."
     dist = 1 - _full(sim)
     if dist.shape[-1] == dist.shape[-2]:                           # both directions in one sweep
         return _one_way(torch.stack([dist, dist.mT]), lam).sum(0)
@@ -120,7 +120,7 @@ def otam(sim: Tensor,  # (..., Tq, Ts)
 # %% ../../nbs/30_model/00_matching.ipynb #16c4691b
 def alignment(matcher: Matcher, sim: Tensor  # (..., Tq, Ts)
               ) -> Tensor:  # (..., Tq, Ts) non-negative: how much each pair of frames counts
-    "How much every pair of frames contributes to a matcher's distance: ∂distance/∂d."
+    "Return how much every pair of frames contributes to a matcher's distance: ∂distance/∂d."
     with torch.inference_mode(False), torch.enable_grad():
         sim = sim.detach().clone().float().requires_grad_()
         return -torch.autograd.grad(matcher(sim).sum(), sim)[0]

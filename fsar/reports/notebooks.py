@@ -18,6 +18,7 @@ import fsar
 from ..core.basics import FsarError, Registry, nearest
 from ..core.files import cache_dir, read_json, resource, write_json, writing
 from ..core.machine import unlaunched
+from ..data.pictures import ACCENT
 from .provenance import now
 
 # %% ../../nbs/60_reports/02_notebooks.ipynb #ad9e137f
@@ -107,7 +108,7 @@ body {font: 16px/1.55 Georgia, 'DejaVu Serif', serif}
 h1, h2, h3, table, .jp-RenderedHTMLCommon table, pre, .note {font-family: 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif}
 h1 {font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem}
 h2 {font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-top: .7rem; border-top: 1px solid #ddd}
-h1 a, h2 a, h3 a {display: none} a {color: #0173b2}
+h1 a, h2 a, h3 a {display: none} a {color: BLUE}
 p {margin: .6rem 0} img {max-width: 100%; height: auto; display: block; margin: .4rem auto}
 p > em:only-child {display: block; color: #555; font-size: .9rem; margin: -.1rem 0 1.2rem}
 table {border-collapse: collapse; font-size: .86rem; margin: .8rem 0 1.2rem; display: block; overflow-x: auto}
@@ -120,7 +121,7 @@ pre {background: #f5f5f5; padding: .7rem .9rem; font: .82rem/1.45 'DejaVu Sans M
 pre {white-space: pre-wrap; overflow-wrap: anywhere}
 .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link {display: none}
 @media print {body {margin: 0; max-width: none; font-size: 11pt} h2 {break-after: avoid} img, table {break-inside: avoid}}
-"""
+""".replace("BLUE", ACCENT)
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>

@@ -203,7 +203,7 @@ def test_parts_of_an_episode_in_single_precision():
 def test_parts_with_statistics_of_their_own_are_refused():
     backbone = seeded("resnet_micro")
     backbone.at_once = 2
-    with pytest.raises(FsarError, match="only when it is frozen"): backbone.train()(pixels())
+    with pytest.raises(FsarError, match="only if it is frozen"): backbone.train()(pixels())
     assert torch.equal(backbone(pixels(2)), seeded("resnet_micro").train()(pixels(2)))                            # a single part is the whole
 
 

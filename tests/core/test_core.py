@@ -1,5 +1,6 @@
 """Errors, registries, keyed randomness, files that are whole or absent."""
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fsar.core
 from fsar.core import basics as core, files, machine
 from fsar.core.config import Config
 from fsar.core.basics import FsarError
@@ -22,7 +24,9 @@ def test_generators_are_pure_functions_of_their_key():
 
 def test_torch_seed_leaves_no_trace_even_when_the_body_fails():
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), core.torch_seed(1): torch.rand(3); 1 / 0
+    with pytest.raises(ZeroDivisionError), core.torch_seed(1):
+        torch.rand(3)
+        raise ZeroDivisionError
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -31,6 +35,21 @@ def test_importing_and_building_leaves_the_global_generators_alone():
             "from fsar.model.registry import create_model; m = create_model('molo', backbone='resnet_micro');"
             "assert torch.equal(a[0], torch.get_rng_state()) and (a[1] == numpy.random.get_state()[1]).all() and a[2] == random.getstate()")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+WITHOUT_TORCH = {"core": sorted(module.name for module in pkgutil.iter_modules(fsar.core.__path__)), "data": ["archives", "sources", "splits"]}
+
+
+@pytest.mark.parametrize("wing", WITHOUT_TORCH)
+def test_a_module_is_imported_without_torch(wing):
+    code = ("import importlib, sys\n"
+            "for name in sys.argv[1:]:\n"
+            "    importlib.import_module(name)\n"
+            "    if 'torch' in sys.modules: sys.exit(f'{name} loads torch')")
+    names = [f"fsar.{wing}.{module}" for module in WITHOUT_TORCH[wing]]
+    assert len(names) >= 3
+    found = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is a Linux device")

@@ -475,7 +475,7 @@ def test_commands_that_do_not_share_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["compare", "--runs", "otam", "--out", str(tmp_path)]) == 2
     assert "only fsar train and fsar test share their work" in capsys.readouterr().err
-    with pytest.raises(FsarError, match="the template 'side' is executed by one process"): experiments._train_together(tmp_path, Config(), "side", False, False)
+    with pytest.raises(FsarError, match="the template 'side' runs in one process"): experiments._train_together(tmp_path, Config(), "side", False, False)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices (NCCL)")

@@ -54,7 +54,7 @@ def test_enlargement_is_above_one_exactly_where_the_saliency_follows_the_mover(v
     measured = {}
     for name, saliency in (("mover", energy[:, :, 0]), ("elsewhere", -energy[:, :, 0])):
         coarse = torch.nn.functional.adaptive_avg_pool2d(saliency, 8)
-        monkeypatch.setattr(type(model.sampler), "forward", lambda self, videos, summary, labels: (amplify(videos["pixels"][:, ::2].float(), coarse[:, ::2], 0.2), _every_second(len(coarse))))
+        monkeypatch.setattr(type(model.sampler), "forward", lambda self, videos, summary, labels, coarse=coarse: (amplify(videos["pixels"][:, ::2].float(), coarse[:, ::2], 0.2), _every_second(len(coarse))))
         measured[name] = claims.enlargement(model, clips[:5], torch.arange(5), clips[5:])
     assert (measured["mover"] > 1.3).all() and (measured["elsewhere"] < 1).all() and measured["mover"].shape == (3,)
 

@@ -149,7 +149,7 @@ def test_settle_keeps_what_a_terminal_shows(text, seen):
 
 def test_tidy_merges_a_thousand_updates_and_keeps_the_order_of_the_rest(tmp_path):
     toy = nbformat.read(notebook(tmp_path / "toy.ipynb", "fit()"), 4)
-    stream = lambda text, name="stderr": nbformat.v4.new_output("stream", name=name, text=text)
+    def stream(text, name="stderr"): return nbformat.v4.new_output("stream", name=name, text=text)
     toy.cells[0].outputs = [stream("hello\n", "stdout")] + [stream(f"\r{k}%") for k in range(1000)] + [nbformat.v4.new_output("display_data", data={"text/plain": "x"}), stream("bye\n", "stdout")]
     notebooks.tidy(toy)
     assert [(o.output_type, o.get("text")) for o in toy.cells[0].outputs] == [("stream", "hello\nbye\n"), ("stream", "999%"), ("display_data", None)]

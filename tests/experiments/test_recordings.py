@@ -109,7 +109,7 @@ def test_groups_are_refused_where_there_are_none():
 
 def test_tables_follow_the_flag(tiny_store):
     listed = dataclasses.replace(tiny_store, settings=tiny_store.settings | {"benchmark": "ucf101"})
-    table = lambda store, **kw: protocol.table_of(Config(test_queries=2, **kw), Data("tiny", store), "test", 1, 20)
+    def table(store, **kw): return protocol.table_of(Config(test_queries=2, **kw), Data("tiny", store), "test", 1, 20)
     assert table(listed).info["apart"] is False and "apart" not in table(listed, groups=True).info and table(listed, groups=True).hash == table(tiny_store).hash
 
 

@@ -117,9 +117,13 @@ def test_parts_from_the_command_line_to_the_page(flags, tmp_path, capsys):
     assert {p.name for p in (out / "figures").iterdir()} == {"rows.png", "gains.png", "reversed.png"} and metrics["study"] == "ablation_strm" and [g["part"] for g in metrics["gains"][::3]] == ["FLE", "PLE", "QC"]
     for g in metrics["gains"]:
         a, b = (metrics["rows"][name] for name in g["names"])
-        pick = (lambda row: row["reversed_pairs"]) if "pairs" in g["task"] else (lambda row: next(r for r in row["results"] if r["task"] == g["task"]))
-        assert g["difference"] == pytest.approx(pick(a)["accuracy"] - pick(b)["accuracy"])
+        assert g["difference"] == pytest.approx(_accuracy(a, g["task"]) - _accuracy(b, g["task"]))
     assert cli.main(shlex.split(metrics["command"])[1:]) == 0 and "nothing to run" in capsys.readouterr().err
+
+
+def _accuracy(row, task):
+    if "pairs" in task: return row["reversed_pairs"]["accuracy"]
+    return next(r for r in row["results"] if r["task"] == task)["accuracy"]
 
 
 def test_ways_on_the_page_with_the_published_curve(flags, tmp_path):

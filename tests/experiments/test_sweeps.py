@@ -241,7 +241,7 @@ def test_killed_and_started_again_it_repeats_nothing(done, jobs, base, tmp_path)
     out = tmp_path / "out"
     call = [sys.executable, "-m", "fsar", "sweep", str(file), "--out", str(out)]
     first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    finished = lambda: [j for j in jobs if sweeps.finished_record(out, j)]
+    def finished(): return [j for j in jobs if sweeps.finished_record(out, j)]
     while len(finished()) < 2 and first.poll() is None: time.sleep(0.02)
     first.kill()
     first.wait()

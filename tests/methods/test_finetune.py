@@ -44,7 +44,9 @@ def loop(support, labels, query, ways, head, tune, stretches, steps, rate, momen
     weight, bias, gain, shift = fitted = [s.clone().requires_grad_() for s in start]
     free = [weight, *([bias] if head == "linear" else []), *([gain, shift] if tune == "full" else [])]
     optimiser = torch.optim.SGD(free, rate, momentum=momentum)
-    answer = lambda v: scale * ((v * gain + shift) @ weight.T + bias if head == "linear" else unit(v * gain + shift) @ unit(weight).T)
+    def answer(v):
+        z = v * gain + shift
+        return scale * (z @ weight.T + bias if head == "linear" else unit(z) @ unit(weight).T)
     for _ in range(steps):
         loss = F.cross_entropy(answer(x), labels) + decay / 2 * sum((p - s).square().sum() for p, s in zip(fitted, start))
         optimiser.zero_grad(); loss.backward(); optimiser.step()

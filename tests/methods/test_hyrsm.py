@@ -68,13 +68,15 @@ def logits_loop(model, support, labels, query, ways):
     sums, logits = model.matching.matcher.keywords.get("sums", False), torch.zeros(len(query), ways, dtype=torch.float64)
     for q, asked in enumerate(query):
         tokens = bend(task_tokens_loop(model.across, torch.stack([*support.mean(1), asked.mean(0)])))
-        join = lambda video, token: [weight @ torch.cat([frame, token]) + bias for frame in video]
+        def join(video, token): return [weight @ torch.cat([frame, token]) + bias for frame in video]
         x, distances = join(asked, tokens[-1]), []
         for s, video in enumerate(support):
             d = [[1 - (a @ b / (a.norm() * b.norm() + model.matching.cosine_eps)).item() for b in join(video, tokens[s])] for a in x]
             rows, columns = [min(row) for row in d], [min(column) for column in zip(*d)]
             distances.append(sum(rows) + sum(columns) if sums else sum(rows) / len(rows) + sum(columns) / len(columns))
-        for n in range(ways): logits[q, n] = -model.matching.scale * sum(d for d, l in zip(distances, labels) if l == n) / int((labels == n).sum())
+        for n in range(ways):
+            own = [distance for distance, label in zip(distances, labels) if label == n]
+            logits[q, n] = -model.matching.scale * sum(own) / len(own)
     return logits
 
 

@@ -182,7 +182,7 @@ def cosine(x, y): return sum(a * b for a, b in zip(x, y)) / math.sqrt(sum(a * a 
 
 
 def long_short_loop(q_token, q_frames, p_token, p_frames, labels, tau):
-    s = lambda x, y: math.exp(cosine(x, y) / tau)
+    def s(x, y): return math.exp(cosine(x, y) / tau)
     total = 0.0
     for q, label in enumerate(labels):
         pos = sum(s(q_token[q], f) for f in p_frames[label])

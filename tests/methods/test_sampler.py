@@ -112,7 +112,7 @@ def test_amplify_reads_each_pixel_from_where_the_inverse_distribution_says():
             for j, x in enumerate(reads[1]):
                 (a, fa), (b, fb) = (divmod(v, 1) for v in (y, x))
                 a, b = int(a), int(b)
-                corner = lambda r, s: frame[c, min(r, 9), min(s, 11)].item()
+                def corner(row, column, channel=c): return frame[channel, min(row, 9), min(column, 11)].item()
                 expected = (1 - fa) * ((1 - fb) * corner(a, b) + fb * corner(a, b + 1)) + fa * ((1 - fb) * corner(a + 1, b) + fb * corner(a + 1, b + 1))
                 assert found[c, i, j].item() == pytest.approx(expected, rel=1e-9)
 

@@ -34,7 +34,8 @@ def shaken(module):
 @torch.no_grad()
 def patch_loop(ple: PatchEnrichment, x: torch.Tensor, root: bool, gamma: float) -> torch.Tensor:
     "α and f of one frame, patch by patch: x (16, D)."
-    w1, w2, w3 = (lambda v, l=layer: l.weight @ v + (0 if l.bias is None else l.bias) for layer in (ple.query, ple.key, ple.value))
+    def applied(layer): return lambda v: layer.weight @ v + (0 if layer.bias is None else layer.bias)
+    w1, w2, w3 = map(applied, (ple.query, ple.key, ple.value))
     f = []
     for i in range(len(x)):
         scores = torch.stack([w1(x[i]) @ w2(x[j]) for j in range(len(x))]) / (x.shape[1] ** 0.5 if root else 1.0)
@@ -87,7 +88,9 @@ def test_frames_are_enriched_as_in_the_paper():
 @torch.no_grad()
 def similarity_loop(part: QueryClass, q: torch.Tensor, examples: list[torch.Tensor]) -> float:
     "M of one query (T, D) and one class."
-    tuples = lambda video: [(part.weight @ torch.cat([video[i], video[j]])).clamp(min=0) for i, j in itertools.combinations(range(len(video)), 2)]
+    def tuples(video):
+        pairs = itertools.combinations(range(len(video)), 2)
+        return [(part.weight @ torch.cat([video[i], video[j]])).clamp(min=0) for i, j in pairs]
     def phi(a, b): return (a @ b / (a.norm() * b.norm())).item() if part.similarity == "cosine" else -(a - b).norm().item()
     others = [z for video in examples for z in tuples(video)]
     return sum(max(phi(z, other) for other in others) for z in tuples(q)) / len(tuples(q))

@@ -113,8 +113,9 @@ def test_rearrangement_is_the_papers():
 
 
 def box_loop(cx, cy, h, w, half, soft):
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
-    inside = [[sigmoid((half - abs((2 * i + 1) / h - 1 - cy)) / soft) * sigmoid((half - abs((2 * j + 1) / w - 1 - cx)) / soft) for j in range(w)] for i in range(h)]
+    def sigmoid(x): return 1 / (1 + math.exp(-x))
+    def within(i, cells, centre): return sigmoid((half - abs((2 * i + 1) / cells - 1 - centre)) / soft)
+    inside = [[within(i, h, cy) * within(j, w, cx) for j in range(w)] for i in range(h)]
     area = sum(map(sum, inside))
     return torch.tensor(inside, dtype=torch.float64) / area
 
@@ -171,13 +172,14 @@ def score_loop(model, clips, labels, shots, ways):
             if r is not None: M = torch.stack([torch.stack([(r.key.weight @ G[s, t]) @ (r.query.weight @ G[shots + q, u]) for u in range(T)]) for t in range(T)])
             if r is not None: M = torch.softmax(M / math.sqrt(r.key.weight.shape[0]), -1)
             query = torch.stack([sum(M[t, u] * query[u] for u in range(T)) for t in range(T)])
-            h, w = query.shape[-2:]
             offset = torch.zeros(T, 2) if model.offsets is None else offsets_loop(model.offsets, support, query)
             total = 0.0
             for t in range(T):
                 ox, oy = offset[t].tolist()
-                pool = lambda m, sign: m.mean((-1, -2)) if model.offsets is None else (m * box_loop(sign * ox, sign * oy, h, w, model.box, model.soft)).sum((-1, -2))
-                x, y = W_v @ pool(query[t], -1), W_v @ pool(support[t], 1)
+                def pool(m, x, y):
+                    if model.offsets is None: return m.mean((-1, -2))
+                    return (m * box_loop(x, y, *m.shape[-2:], model.box, model.soft)).sum((-1, -2))
+                x, y = W_v @ pool(query[t], -ox, -oy), W_v @ pool(support[t], ox, oy)
                 total += 1 - (x @ y) / (x.norm() * y.norm())
             distances.append(total / T)
         logits[q, n] = -model.scale * sum(distances) / len(distances)
@@ -222,9 +224,12 @@ def test_perturbations_only_in_training():
 def test_the_same_video_in_two_places_is_cut_where_it_is_the_same():
     with torch_seed(8): wide = torch.randn(1, 5, 6, 4, 12, dtype=torch.float64)
     left, right = wide[..., :8], wide[..., 4:]                                                 # four cells apart: one half frame
-    gap = lambda o: [torch.einsum("hw,vtchw->vtc", box_mask(sign * torch.tensor([o, 0.0], dtype=torch.float64), (4, 8), soft=0.001), m) for sign, m in ((1, left), (-1, right))]
-    close(*gap(1.0))
-    assert (gap(0.0)[0] - gap(0.0)[1]).abs().max() > 0.1 and (gap(-1.0)[0] - gap(-1.0)[1]).abs().max() > 0.1   # no offset, and the wrong sign
+    def pooled(maps, offset):
+        mask = box_mask(torch.tensor([offset, 0.0], dtype=torch.float64), (4, 8), soft=0.001)
+        return torch.einsum("hw,vtchw->vtc", mask, maps)
+    def apart(offset): return (pooled(left, offset) - pooled(right, -offset)).abs().max()
+    close(pooled(left, 1.0), pooled(right, -1.0))
+    assert apart(0.0) > 0.1 and apart(-1.0) > 0.1                                             # no offset, and the wrong sign
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------------------------

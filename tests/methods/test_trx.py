@@ -27,8 +27,8 @@ def embedded(model, videos: int, frames: int = 5):
 def head_distance(head: TupleAttention, q, examples) -> float:
     "D_ω of one query to one class, tuple by tuple: the concatenated frames through the layers as they stand."
     n, scale = head.cardinality, head.key.out_features ** -0.5
-    tuples = lambda video: [torch.cat([video[i] for i in p]) for p in itertools.combinations(range(len(video)), n)]
-    key = lambda t: head.norm(head.key(t))
+    def tuples(video): return [torch.cat([video[i] for i in p]) for p in itertools.combinations(range(len(video)), n)]
+    def key(t): return head.norm(head.key(t))
     own = [t for video in examples for t in tuples(video)]
     total = 0.0
     for t in tuples(q):
@@ -86,7 +86,7 @@ def test_a_bias_of_the_values_would_cancel():
     model = make()
     _, emb = embedded(model, 4)
     moved = {k: x + (5.0 if k.startswith("values") else 0.0) for k, x in emb.items()}
-    args = lambda e: (rows(e, slice(2)), torch.tensor([0, 1]), rows(e, slice(2, None)), 2)
+    def args(e): return rows(e, slice(2)), torch.tensor([0, 1]), rows(e, slice(2, None)), 2
     assert torch.allclose(model.score(*args(emb)), model.score(*args(moved)), rtol=1e-9)
 
 

@@ -21,13 +21,13 @@ def otam_loop(d: list[list[float]], lam: float) -> float:
     width = len(rows[0])
     gamma = [[0.0] * width for _ in rows]
     for m in range(1, width): gamma[0][m] = gamma[0][m - 1] + rows[0][m]
-    for l in range(1, len(rows)):
+    for row in range(1, len(rows)):
         for m in range(1, width):
-            before = [gamma[l - 1][m - 1], gamma[l][m - 1]]
-            if m == 1 or m == width - 1: before.append(gamma[l - 1][m])
+            before = [gamma[row - 1][m - 1], gamma[row][m - 1]]
+            if m == 1 or m == width - 1: before.append(gamma[row - 1][m])
             low = min(before)
             soft = low - lam * math.log(sum(math.exp(-(b - low) / lam) for b in before))
-            gamma[l][m] = rows[l][m] + soft
+            gamma[row][m] = rows[row][m] + soft
     return gamma[-1][-1]
 
 

@@ -86,7 +86,7 @@ def test_the_row_of_a_method(method, options, sampler, row):
 
 
 def run_metrics(**changes):
-    result = lambda task, shots, accuracy, split="test": dict(task=task, ways=5, shots=shots, split=split, accuracy=accuracy, ci95=0.004, chance=0.2)
+    def result(task, shots, accuracy, split="test"): return dict(task=task, ways=5, shots=shots, split=split, accuracy=accuracy, ci95=0.004, chance=0.2)
     config = dict(method="molo", sampler="", options=[], backbone="resnet50", weights="imagenet", frames=8, size=224, episodes=96_000, tasks_per_step=16, shots=1, queries=6, groups=False, train_size=0, test_episodes=10_000, test_queries=1)
     lists = {s: load_split("ucf101", s) for s in SPLITS}
     data = dict(name="ucf101", benchmark="ucf101", videos={s: len(x) for s, x in lists.items()}, listed={s: len(x) for s, x in lists.items()}, classes={s: list(x.classes) for s, x in lists.items()}, leaks=[])
