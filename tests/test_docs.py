@@ -200,10 +200,10 @@ def test_the_reference_has_every_public_name_with_its_arguments(site):
 
 
 def test_the_reference_keeps_shapes_and_links_to_where_a_name_is_shown(site):
-    page = (site / "api" / "matching.html").read_text(encoding="utf-8")
+    page = (site / "api" / "model.matching.html").read_text(encoding="utf-8")
     section = page.split('id="frame_similarity"', 1)[1].split("<h2", 1)[0]
     shown = " ".join(plain(section).split())
     assert "query: Tensor, # (..., Q, Tq, C) support: Tensor, # (..., S, Ts, C) eps: float = 0.0, # added to |x||y|; released code: 0.01 ) -> Tensor # (..., Q, S, Tq, Ts)" in shown
-    assert "Cosine similarity of all pairs of frames" in shown and 'href="../nbs/11_matching.html#frame-similarity"' in section
-    members = (site / "api" / "model.html").read_text(encoding="utf-8")
+    assert "Return the cosine similarity of all pairs of frames" in shown and 'href="../nbs/30_model/00_matching.html#frame-similarity"' in section
+    members = (site / "api" / "model.base.html").read_text(encoding="utf-8")
     assert 'id="FewShotModel.embed"' in members and 'id="FewShotModel.score"' in members and "self" not in plain(members.split('id="FewShotModel.embed"', 1)[1].split("<h", 1)[0])
