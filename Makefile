@@ -33,7 +33,7 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check fsar tests && $(BIN)/mypy
 
 test-notebooks: $(STAMP)
-	@echo "running the notebooks, one torch thread each" && OMP_NUM_THREADS=1 FSAR_QUIET=1 $(BIN)/nbdev-test --n-workers 2 --timing
+	@echo "running the notebooks, one torch thread each" && $(BIN)/python tests/notebooks.py
 
 test-python: $(STAMP) browser
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
