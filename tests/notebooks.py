@@ -32,7 +32,7 @@ def run(path: Path) -> tuple[str, float, str]:
 
 
 def main(names: list[str]) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "FSAR_QUIET": "1", "PYTHONWARNINGS": "ignore:.*TCP.*"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "FSAR_QUIET": "1"}
     paths = [Path(name).resolve() for name in names] or notebooks()
     failed, total = [], 0.0
     with ThreadPoolExecutor(WORKERS) as pool:
