@@ -11,7 +11,7 @@ from fsar.data import video
 from fsar.core.basics import FsarError, generator
 from fsar.data.video import BACKENDS, VideoError, decode, decode_all, probe, segment_indices, spread, write_video
 
-REAL = Path(__file__).parents[2] / "shared" / "realdata" / "clips"
+REAL = Path(__file__).parents[3] / "shared" / "realdata" / "clips"
 ROTATIONS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # a, b, c, d of the display matrix
 
 
